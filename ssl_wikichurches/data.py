@@ -48,19 +48,20 @@ def church_id(
     return church
 
 # %% ../nbs/00_data.ipynb #2baf8d90
-def _read_json(path):
+def _read_text(path):
     if not path.is_file(): raise FileNotFoundError(f"{path.name} is missing from {path.parent}: is this a WikiChurches folder?")
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    return path.read_text(encoding='utf-8')
+
+def _read_json(path):
+    try: return json.loads(_read_text(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path.name} is not valid JSON ({e}): was the download complete?") from e
 
 def read_style_names(
     root:str|os.PathLike, # WikiChurches folder
 )->dict: # Q-id -> name of every style in `style_names.txt`
     "Names of all styles; one style a line, `Q-id name with spaces`."
-    path = Path(root)/'style_names.txt'
-    if not path.is_file(): raise FileNotFoundError(f"{path.name} is missing from {path.parent}: is this a WikiChurches folder?")
-    lines = [l.split(maxsplit=1) for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
-    if bad := [l for l in lines if len(l)!=2]: raise ValueError(f"{path.name}: expected 'Q-id name', got {' '.join(bad[0])!r}")
+    lines = [l.split(maxsplit=1) for l in _read_text(Path(root)/'style_names.txt').splitlines() if l.strip()]
+    if bad := [l for l in lines if len(l)!=2]: raise ValueError(f"style_names.txt: expected 'Q-id name', got {' '.join(bad[0])!r}")
     return {q:name.strip() for q,name in lines}
 
 # %% ../nbs/00_data.ipynb #375b1ca5
@@ -72,7 +73,9 @@ def _box_rows(annotations, n_parts):
             for e in group['elements']:
                 if not 0<=e['label']<n_parts:
                     raise ValueError(f"{image}: part index {e['label']} is not in the ontology of {n_parts} parts (building_parts.json)")
-                yield dict(image=image, part_id=e['label'], group=group.get('group_label', -1), **{k:float(e[k]) for k in BOX_COLUMNS[4:]})
+                place = {k:float(e[k]) for k in BOX_COLUMNS[4:]}
+                if not np.isfinite([*place.values()]).all(): raise ValueError(f"{image}: a box has a coordinate that is not finite: {place}")
+                yield dict(image=image, part_id=e['label'], group=group.get('group_label', -1), **place)
 
 def read_parts(
     root:str|os.PathLike, # WikiChurches folder
@@ -82,10 +85,10 @@ def read_parts(
     parts = pd.DataFrame(d['meta'], columns=['name','parents'])
     boxes = pd.DataFrame(_box_rows(d['annotations'], len(parts)), columns=[c for c in BOX_COLUMNS if c!='part'])
     boxes.insert(1, 'part', parts.name.reindex(boxes.part_id).to_numpy())
-    if not np.isfinite(boxes[BOX_COLUMNS[4:]].to_numpy(float)).all(): raise ValueError("building_parts.json: a box has a coordinate that is not finite")
     boxes = clip_boxes(boxes)
     flat = (boxes.width<=0)|(boxes.height<=0)
-    return parts, boxes[~flat].reset_index(drop=True), boxes[flat], {n:tuple(a.get('styles') or ()) for n,a in d['annotations'].items()}
+    tags = {n:tuple(a.get('styles') or ()) for n,a in d['annotations'].items()}
+    return parts, boxes[~flat].reset_index(drop=True), boxes[flat], tags
 
 # %% ../nbs/00_data.ipynb #784775b5
 def open_image(
@@ -97,7 +100,8 @@ def open_image(
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
             with Image.open(path) as im: return ImageOps.exif_transpose(im).convert('RGB')
     except FileNotFoundError: raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise OSError(f"cannot decode {Path(path).name}: {e}") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise OSError(f"cannot decode {Path(path).name}: {e}") from e
 
 def check_image(
     path:str|os.PathLike, # image file
@@ -120,25 +124,33 @@ class Churches:
     problems:pd.DataFrame # what was left out: image, problem
 
     def path(self, name:str)->Path: return self.root/'images'/name
-    def __repr__(self): return (f"Churches({self.root.name}: {len(self.images)} images of {self.images.church.nunique()} churches, "
-                                f"{int(self.images.annotated.sum())} with {len(self.boxes)} boxes, {len(self.problems)} problems)")
+    def __repr__(self):
+        return (f"Churches({self.root.name}: {len(self.images)} images of {self.images.church.nunique()} churches, "
+                f"{int(self.images.annotated.sum())} with {len(self.boxes)} boxes, {len(self.problems)} problems)")
 
 # %% ../nbs/00_data.ipynb #bc716049
+def _image_row(name, churches, tags, style_names):
+    church = church_id(name)
+    if church not in churches: raise ValueError(f"{name}: church {church} is not in churches.json")
+    of_church = tuple(churches[church].get('styles') or ())
+    styles = tags.get(name) or of_church
+    if unknown := [s for s in (*styles,*of_church) if s not in style_names]:
+        raise ValueError(f"{name}: style {unknown[0]} is not in style_names.txt")
+    return dict(image=name, church=church, styles=styles, church_styles=of_church)
+
 def _image_table(root, churches, tags, style_names):
-    names = sorted({p.name for p in (root/'images').iterdir() if p.is_file() and not p.name.startswith('.')} | set(tags))
-    rows = []
-    for name in names:
-        church = church_id(name)
-        if church not in churches: raise ValueError(f"{name}: church {church} is not in churches.json")
-        styles = tags.get(name) or tuple(churches[church].get('styles') or ())
-        if unknown := [s for s in styles if s not in style_names]: raise ValueError(f"{name}: style {unknown[0]} is not in style_names.txt")
-        rows.append(dict(image=name, church=church, styles=tuple(styles)))
-    table = pd.DataFrame(rows, columns=['image','church','styles']).set_index('image')
-    return table.assign(church_styles=[tuple(churches[c].get('styles') or ()) for c in table.church])
+    names = {p.name for p in (root/'images').iterdir() if p.is_file() and not p.name.startswith('.')} | set(tags)
+    rows = [_image_row(n, churches, tags, style_names) for n in sorted(names)]
+    return pd.DataFrame(rows, columns=['image','church','styles','church_styles']).set_index('image')
+
+def _unusable(root, names, verify):
+    "What is wrong with which photographs."
+    check = check_image if verify else lambda p: '' if p.is_file() else 'missing'
+    return {n:problem for n in names if (problem := check(root/'images'/n))}
 
 def read_churches(
     root:str|os.PathLike, # folder with images/, churches.json, building_parts.json, style_names.txt
-    on_error:str='raise', # 'raise': a missing or truncated photograph stops the reading; 'skip': it is left out and listed in `problems`
+    on_error:str='raise', # a missing or truncated photograph: 'raise' stops; 'skip' leaves it out and lists it in `problems`
     verify:bool=True, # decode every photograph once; False only checks that the annotated files exist
 )->Churches:
     "Read a folder in the layout of WikiChurches."
@@ -148,7 +160,7 @@ def read_churches(
     style_names,churches = read_style_names(root), _read_json(root/'churches.json')
     parts,boxes,flat,tags = read_parts(root)
     images = _image_table(root, churches, tags, style_names)
-    wrong = {n:p for n in images.index if (p := check_image(root/'images'/n) if verify else '' if (root/'images'/n).is_file() else 'missing')}
+    wrong = _unusable(root, images.index, verify)
     if wrong and on_error=='raise':
         some = '; '.join(f'{n} ({p})' for n,p in list(wrong.items())[:5])
         raise OSError(f"{len(wrong)} of {len(images)} photographs cannot be used: {some}. Repair them, or pass on_error='skip'")
@@ -169,9 +181,12 @@ def read_wc4(
 )->pd.DataFrame: # index: image; columns style (Q-id), part ('train', 'val', 'test')
     "The official label lists: `file-name Q-id` on each line."
     files = {p:f for p in ('train','val','test') for f in sorted(Path(root).rglob(f'wc4_{p}.txt'))[:1]}
-    if len(files)<3: raise FileNotFoundError(f"labels 'wc4' need wc4_train.txt, wc4_val.txt and wc4_test.txt below {root} (unpack labels.zip there), or use labels='leaf'")
-    rows = [(*l.split(), p) for p,f in files.items() for l in f.read_text(encoding='utf-8').splitlines() if l.strip()]
-    if bad := [r for r in rows if len(r)!=3 or r[1] not in STYLES]: raise ValueError(f"wc4_{bad[0][-1]}.txt: expected 'file-name Q-id' with one of {list(STYLES)}, got {bad[0][:-1]}")
+    if len(files)<3:
+        raise FileNotFoundError(f"labels 'wc4' need wc4_train.txt, wc4_val.txt and wc4_test.txt below {root} "
+                                "(unpack labels.zip there), or use labels='leaf'")
+    rows = [(*l.split(), p) for p,f in files.items() for l in _read_text(f).splitlines() if l.strip()]
+    if bad := [r for r in rows if len(r)!=3 or r[1] not in STYLES]:
+        raise ValueError(f"wc4_{bad[0][-1]}.txt: expected 'file-name Q-id' with one of {list(STYLES)}, got {bad[0][:-1]}")
     return pd.DataFrame(rows, columns=['image','style','part']).set_index('image')
 
 def class_labels(
@@ -223,7 +238,8 @@ def make_split(
     held = im.index[im.annotated & im.index.isin(y.index)]
     free = y[~im.church.reindex(y.index).isin(im.church[im.annotated])]
     by_church = free.groupby(im.church.reindex(free.index)).first() # a church has one class
-    if by_church.value_counts().min()<2 or by_church.empty: raise ValueError(f"a style has fewer than 2 churches outside the annotated ones: {by_church.value_counts().to_dict()}")
+    if by_church.empty or by_church.value_counts().min()<2:
+        raise ValueError(f"a style has fewer than 2 churches outside the annotated ones: {by_church.value_counts().to_dict()}")
     train,_ = train_test_split(by_church.index.to_numpy(), test_size=val, random_state=seed, stratify=by_church.to_numpy())
     in_train = im.church.reindex(free.index).isin(train)
     return check_split(Split(tuple(free.index[in_train]), tuple(free.index[~in_train]), tuple(held), labels, seed))
@@ -242,13 +258,15 @@ def load_split(
     path:str|os.PathLike, # JSON file of `save_split`
 )->Split:
     "Read a split, and check it again."
-    d = _read_json(Path(path))
-    if missing := {'train','val','eval'}-set(d): raise ValueError(f"{Path(path).name} is not a split: it has no {sorted(missing)}")
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"there is no split {path}: `save_split` makes one")
+    d = _read_json(path)
+    if missing := {'train','val','eval'}-set(d): raise ValueError(f"{path.name} is not a split: it has no {sorted(missing)}")
     return check_split(Split(*(tuple(d[p]) for p in ('train','val','eval')), d.get('labels','leaf'), d.get('seed',0)))
 
 # %% ../nbs/00_data.ipynb #ad37745a
 class _Letterbox(v2.Transform):
-    "Scale the longer side to `size`, then pad the shorter one with grey, half on each side."
+    "Scale the longer side to `size`, then pad the shorter one with gray, half on each side."
     def __init__(self, size): super().__init__(); self.size = size
     def make_params(self, flat_inputs):
         h,w = VF.get_size(flat_inputs[0]); s = self.size/max(h,w)
@@ -258,23 +276,28 @@ class _Letterbox(v2.Transform):
         inpt = VF.resize(inpt, params['hw'], antialias=True)
         return VF.pad(inpt, params['pad'], fill=.5 if isinstance(inpt, tv_tensors.Image) else 0)
 
+def _scale(size, geometry):
+    "The first step of a geometry; `crop` leaves the longer side longer than `size`."
+    if geometry not in GEOMETRIES: raise ValueError(f"geometry is {geometry!r}: expected one of {GEOMETRIES}")
+    return _Letterbox(size) if geometry=='letterbox' else v2.Resize((size,size) if geometry=='squash' else size, antialias=True)
+
+def _before_crop(size): return round(size*256/224)
+
 def eval_transform(
     size:int=224, # side of the square output, in pixels
     geometry:str='squash', # 'squash', 'crop' or 'letterbox'
 )->v2.Transform: # maps (Image, BoundingBoxes, ...) to the same, at (size, size)
     "The transform of every measurement; nothing random."
-    if geometry not in GEOMETRIES: raise ValueError(f"geometry is {geometry!r}: expected one of {GEOMETRIES}")
-    if geometry=='squash': return v2.Compose([v2.Resize((size,size), antialias=True)])
-    if geometry=='crop': return v2.Compose([v2.Resize(round(size*256/224), antialias=True), v2.CenterCrop(size)])
-    return v2.Compose([_Letterbox(size)])
+    if geometry=='crop': return v2.Compose([_scale(_before_crop(size), geometry), v2.CenterCrop(size)])
+    return v2.Compose([_scale(size, geometry)])
 
 # %% ../nbs/00_data.ipynb #616db879
 def train_transform(
     size:int=224, # side of the square output, in pixels
-    geometry:str='squash', # geometry applied before the augmentation
+    geometry:str='squash', # 'squash', 'crop' or 'letterbox'
 )->v2.Transform:
     "The plan's augmentation: RandomResizedCrop (scale 0.8-1), horizontal flip, brightness and contrast within 20 %."
-    return v2.Compose([eval_transform(size, geometry), v2.RandomResizedCrop((size,size), scale=(.8,1.), antialias=True),
+    return v2.Compose([_scale(_before_crop(size), geometry), v2.RandomResizedCrop((size,size), scale=(.8,1.), antialias=True),
                        v2.RandomHorizontalFlip(.5), v2.ColorJitter(brightness=.2, contrast=.2)])
 
 # %% ../nbs/00_data.ipynb #f9b98cfa
@@ -282,7 +305,7 @@ def box_mask(
     boxes:torch.Tensor, # (n, 4) left, top, right, bottom in pixels
     size:int, # side of the square frame, in pixels
 )->torch.Tensor: # (size, size) bool, the union of the boxes
-    "Pixels whose centre lies inside at least one box."
+    "Pixels whose center lies inside at least one box."
     if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (n, 4)")
     c = torch.arange(size)+.5
     x0,y0,x1,y1 = boxes.as_subclass(torch.Tensor).float().T[...,None]
@@ -307,7 +330,8 @@ class ChurchDataset(Dataset):
         transform:v2.Transform, # of `eval_transform` or `train_transform`
         targets:pd.Series=None, # class by image name; an image without one gets -1
     ):
-        if lost := [n for n in names if n not in churches.images.index]: raise ValueError(f"{len(lost)} images are not in {churches}: {lost[:3]}")
+        if lost := [n for n in names if n not in churches.images.index]:
+            raise ValueError(f"{len(lost)} images are not in {churches}: {lost[:3]}")
         self.churches,self.names,self.transform = churches, list(names), transform
         self.groups = dict(list(churches.boxes.groupby('image')))
         self.targets = {} if targets is None else targets.to_dict()
@@ -335,4 +359,5 @@ def boxes_in_view(
     "How many expert boxes, and annotated images, a geometry leaves with at least a part in view."
     tfm = eval_transform(size, geometry)
     kept = [_boxes_after(churches, name, b, tfm) for name,b in churches.boxes.groupby('image')]
-    return dict(boxes=sum(len(k) for k in kept), in_view=sum(int(k.sum()) for k in kept), images=len(kept), images_in_view=sum(bool(k.any()) for k in kept))
+    return dict(boxes=sum(len(k) for k in kept), in_view=sum(int(k.sum()) for k in kept),
+                images=len(kept), images_in_view=sum(bool(k.any()) for k in kept))

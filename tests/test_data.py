@@ -1,0 +1,206 @@
+"Mechanics of `data` and `download`: broken input, label lists, geometry under many draws, real photographs."
+import json, os, shutil, zlib
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torchvision import tv_tensors
+from ssl_wikichurches.data import (GEOMETRIES, STYLES, ChurchDataset, Split, box_mask, boxes_in_view, check_split, class_labels, clip_boxes,
+                                   eval_transform, load_split, make_split, open_image, read_churches, save_split, train_transform)
+from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.synthetic import make_churches
+
+@pytest.fixture(scope='module')
+def pristine(tmp_path_factory): return make_churches(tmp_path_factory.mktemp('c')/'set', n=60, n_annotated=12, size=64, seed=1)
+
+@pytest.fixture
+def folder(pristine, tmp_path): return Path(shutil.copytree(pristine, tmp_path/'set'))
+
+def edit(folder, name, change):
+    d = json.loads((folder/name).read_text()); change(d); (folder/name).write_text(json.dumps(d))
+
+def first_box(d): return next(iter(d['annotations'].values()))['bbox_groups'][0]['elements'][0]
+
+def test_missing_and_truncated_images_are_named_and_counted(folder):
+    names = sorted(p.name for p in (folder/'images').iterdir())
+    annotated = next(iter(json.loads((folder/'building_parts.json').read_text())['annotations']))
+    (folder/'images'/annotated).unlink()
+    other = next(n for n in names if n!=annotated)
+    data = (folder/'images'/other).read_bytes(); (folder/'images'/other).write_bytes(data[:len(data)//2])
+    with pytest.raises(OSError, match='2 of ') as e: read_churches(folder)
+    assert annotated in str(e.value) and other in str(e.value)
+    left = read_churches(folder, on_error='skip')
+    assert set(left.problems.image)=={annotated,other} and not left.boxes.image.isin([annotated]).any()
+    make_split(left)
+
+def test_unknown_part_index(folder):
+    edit(folder, 'building_parts.json', lambda d: first_box(d).update(label=999))
+    with pytest.raises(ValueError, match='part index 999'): read_churches(folder)
+
+@pytest.mark.parametrize('box', [dict(left=1.2), dict(width=0.), dict(top=-.5, height=.4)])
+def test_box_without_area_in_the_frame_is_listed(folder, box):
+    n = len(read_churches(folder).boxes)
+    edit(folder, 'building_parts.json', lambda d: first_box(d).update(box))
+    churches = read_churches(folder)
+    assert len(churches.boxes)==n-1 and 'no area' in churches.problems.problem.item()
+
+def test_box_that_is_not_a_number(folder):
+    edit(folder, 'building_parts.json', lambda d: first_box(d).update(left=float('nan')))
+    with pytest.raises(ValueError, match='not finite'): read_churches(folder)
+
+def test_unknown_style(folder):
+    edit(folder, 'churches.json', lambda d: next(iter(d.values())).update(styles=['Q1']))
+    edit(folder, 'building_parts.json', lambda d: [a.update(styles=[]) for a in d['annotations'].values()])
+    with pytest.raises(ValueError, match='style_names.txt'): read_churches(folder)
+
+@pytest.mark.parametrize('name', ['../Q1_wd0.jpg', 'a/Q1_wd0.jpg', '..', '/etc/Q1_wd0.jpg', 'a\\Q1_wd0.jpg'])
+def test_image_name_with_a_path(folder, name):
+    edit(folder, 'building_parts.json', lambda d: d['annotations'].update({name:dict(styles=[], bbox_groups=[])}))
+    with pytest.raises(ValueError, match='path'): read_churches(folder)
+
+def test_church_without_entry(folder):
+    shutil.copy(next((folder/'images').iterdir()), folder/'images/Q5_wd0.jpg')
+    with pytest.raises(ValueError, match='churches.json'): read_churches(folder)
+
+@pytest.mark.parametrize('name', ['churches.json', 'building_parts.json', 'style_names.txt'])
+def test_missing_file(folder, name):
+    (folder/name).unlink()
+    with pytest.raises(FileNotFoundError, match=name): read_churches(folder)
+
+def test_half_downloaded_json(folder):
+    text = (folder/'churches.json').read_text(); (folder/'churches.json').write_text(text[:len(text)//2])
+    with pytest.raises(ValueError, match='download complete'): read_churches(folder)
+
+def test_exif_rotation_comes_first(tmp_path):
+    im = Image.new('RGB', (40,20)); im.paste((255,255,255), (0,0,10,20))
+    exif = Image.Exif(); exif[0x0112] = 6 # turn by 90 degrees clockwise to see it upright
+    im.save(tmp_path/'r.jpg', exif=exif, quality=95)
+    up = np.asarray(open_image(tmp_path/'r.jpg').convert('L'))
+    assert up.shape==(40,20) and up[:8].mean()>200 and up[14:].mean()<50
+
+@pytest.mark.parametrize('mode', ['L', 'RGBA', 'P', 'I;16'])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    Image.new(mode, (8,8)).save(tmp_path/'m.png')
+    assert open_image(tmp_path/'m.png').mode=='RGB'
+
+def test_split_is_by_church_stratified_and_seeded(pristine):
+    churches = load_churches('synthetic')
+    split,y = make_split(churches, seed=3), class_labels(churches)
+    assert make_split(churches, seed=3)==split!=make_split(churches, seed=4)
+    owner = churches.images.church
+    groups = [set(owner[list(g)]) for g in (split.train, split.val, split.eval)]
+    assert not groups[0]&groups[1] and not groups[0]&groups[2] and not groups[1]&groups[2]
+    assert set(split.eval)==set(churches.images.index[churches.images.annotated])
+    assert len(groups[1])/(len(groups[0])+len(groups[1]))==pytest.approx(.12, abs=.01)
+    for c in range(4): # every style has its share in validation
+        t,v = (sum(y[n]==c for n in g) for g in (split.train, split.val))
+        assert v/(t+v)==pytest.approx(.12, abs=.05)
+
+def test_split_roundtrip_and_leak(tmp_path, pristine):
+    split = make_split(read_churches(pristine), val=.3)
+    assert load_split(save_split(split, tmp_path/'s.json'))==split
+    leak = Split(split.train+(split.eval[0].replace('_wd0','_wd9'),), split.val, split.eval)
+    with pytest.raises(ValueError, match='leaks'): check_split(leak)
+    d = json.loads((tmp_path/'s.json').read_text()); d['train'] += [split.val[0]]; (tmp_path/'s.json').write_text(json.dumps(d))
+    with pytest.raises(ValueError, match='leaks'): load_split(tmp_path/'s.json')
+
+def test_wc4_labels_and_annotated_churches_leave_every_list(folder):
+    churches = read_churches(folder); y = class_labels(churches)
+    (folder/'labels').mkdir()
+    for i,part in enumerate(('train','val','test')):
+        (folder/'labels'/f'wc4_{part}.txt').write_text('\n'.join(f'{n} {list(STYLES)[c]}' for n,c in y.items() if zlib.crc32(n.encode())%3==i))
+    listed = class_labels(churches, 'wc4')
+    assert listed[~listed.index.isin(churches.images.index[churches.images.annotated])].equals(y[~y.index.isin(churches.images.index[churches.images.annotated])])
+    split = make_split(churches, 'wc4', val=.3)
+    held = {n.split('_')[0] for n in split.eval}
+    assert not held & {n.split('_')[0] for n in split.train+split.val}
+    (folder/'labels/wc4_val.txt').write_text('Q1_wd0.jpg Q99999')
+    with pytest.raises(ValueError, match='wc4_val.txt'): class_labels(churches, 'wc4')
+
+def test_leaf_takes_exactly_one_of_the_four(folder):
+    churches = read_churches(folder); free = [n for n in churches.images.index if not churches.images.annotated[n]][:2]
+    ids = [churches.images.church[n] for n in free]
+    edit(folder, 'churches.json', lambda d: (d[ids[0]].update(styles=['Q46261','Q176483']), d[ids[1]].update(styles=[])))
+    assert not set(free)&set(class_labels(read_churches(folder)).index)
+
+coordinate = st.floats(-.5, 1.5, allow_nan=False)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(coordinate, coordinate, st.floats(0, 1.5), st.floats(0, 1.5)), min_size=1, max_size=5))
+def test_clipping_is_intersection(rows):
+    b = pd.DataFrame(rows, columns=['left','top','width','height']); c = clip_boxes(b)
+    for a,e in (('left','width'),('top','height')):
+        lo,hi = np.maximum(b[a],0).clip(upper=1), np.minimum(b[a]+b[e],1).clip(lower=0)
+        assert np.allclose(c[a], lo) and np.allclose(c[e], np.maximum(hi-lo, 0)) and (c[a]+c[e]<=1+1e-9).all()
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(-3, 19)]*4), max_size=4))
+def test_mask_is_the_union_of_pixel_centers(rows):
+    m = box_mask(torch.tensor(rows, dtype=torch.float32).reshape(-1,4), 16)
+    for i in range(16):
+        for j in range(16):
+            x,y = np.float32(j+.5), np.float32(i+.5)
+            assert bool(m[i,j])==any(np.float32(a)<=x<np.float32(c) and np.float32(b)<=y<np.float32(d) for a,b,c,d in rows)
+
+def painted_iou(transform, w, h, box):
+    x0,y0,x1,y1 = box
+    image = torch.zeros(3,h,w); image[:,y0:y1,x0:x1] = 1
+    image,b = transform(tv_tensors.Image(image), tv_tensors.BoundingBoxes(torch.tensor([[x0,y0,x1,y1]], dtype=torch.float32), format='XYXY', canvas_size=(h,w)))
+    seen = image.as_subclass(torch.Tensor).mean(0)
+    seen = seen>(seen.max()+seen.min())/2 # brightness and contrast may have moved both
+    mask = box_mask(b, image.shape[-1])
+    return ((seen&mask).sum()/(seen|mask).sum()).item()
+
+SHAPES = [(320,240,(96,60,224,168)), (240,320,(40,100,160,260)), (500,500,(125,125,400,350))]
+
+@pytest.mark.parametrize('geometry', ['squash','crop'])
+@pytest.mark.parametrize('w,h,box', SHAPES)
+def test_paint_lies_under_its_box_in_evaluation(geometry, w, h, box): assert painted_iou(eval_transform(224, geometry), w, h, box)>=.95
+
+@pytest.mark.parametrize('w,h,box', SHAPES)
+def test_paint_lies_under_its_box_in_a_letterbox(w, h, box):
+    x0,y0,x1,y1 = box
+    image = torch.zeros(3,h,w); image[:,y0:y1,x0:x1] = 1
+    image,b = eval_transform(224, 'letterbox')(tv_tensors.Image(image), tv_tensors.BoundingBoxes(torch.tensor([box], dtype=torch.float32), format='XYXY', canvas_size=(h,w)))
+    seen,mask = image.as_subclass(torch.Tensor).mean(0)>.55, box_mask(b, 224)
+    assert ((seen&mask).sum()/(seen|mask).sum()).item()>=.95
+
+@pytest.mark.parametrize('geometry', ['squash','crop'])
+def test_paint_lies_under_its_box_in_fifty_draws_of_the_augmentation(geometry):
+    torch.manual_seed(0)
+    for i in range(50):
+        w,h,box = SHAPES[i%3]
+        assert painted_iou(train_transform(224, geometry), w, h, box)>=.95
+
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_dataset_keeps_parts_beside_boxes(geometry, pristine):
+    churches = read_churches(pristine)
+    ds = ChurchDataset(churches, churches.boxes.image.unique(), train_transform(48, geometry))
+    torch.manual_seed(0)
+    for item in ds:
+        assert len(item['parts'])==len(item['boxes']) and item['image'].shape==(3,48,48) and 0<=item['image'].min() and item['image'].max()<=1
+        assert set(item['parts'])<=set(churches.boxes.part[churches.boxes.image==item['name']])
+        assert (item['boxes']>=0).all() and (item['boxes']<=48).all() and (item['boxes'][:,2:]>item['boxes'][:,:2]).all()
+
+def test_boxes_in_view_agrees_with_the_dataset(pristine):
+    churches = read_churches(pristine)
+    for g in GEOMETRIES:
+        items = list(ChurchDataset(churches, churches.boxes.image.unique(), eval_transform(64, g)))
+        assert boxes_in_view(churches, 64, g)==dict(boxes=len(churches.boxes), in_view=sum(len(i['boxes']) for i in items), images=len(items), images_in_view=sum(len(i['boxes'])>0 for i in items))
+
+def test_load_churches_refuses_other_words():
+    with pytest.raises(FileNotFoundError, match='5166987'): load_churches('wikichurchez')
+
+@pytest.fixture
+def real():
+    root = os.environ.get('WIKICHURCHES_TEST_DATA')
+    if not root: pytest.skip('WIKICHURCHES_TEST_DATA is not set: real photographs are not tested')
+    return Path(root)
+
+def test_real_photographs(real):
+    churches = load_churches(real/'photos')
+    assert len(churches.images)==1105 and churches.images.annotated.sum()==60 and len(churches.boxes)==356 and not len(churches.problems)
+    split = make_split(churches)
+    assert len(split.eval)==60 and len(split.train)+len(split.val)<=1045
+    assert boxes_in_view(churches)['in_view']==356
+    big = open_image(next((real/'large').rglob('*.[jp][pn]*g')))
+    assert big.mode=='RGB' and min(big.size)>300
