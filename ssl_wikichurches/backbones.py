@@ -6,16 +6,17 @@
 __all__ = ['IMAGENET', 'OPENAI', 'HALF', 'BACKBONES', 'BackboneSpec', 'Backbone', 'save_backbone', 'load_backbone',
            'attention_projections']
 
-# %% ../nbs/01_backbones.ipynb #2874675c
+# %% ../nbs/01_backbones.ipynb #09087796
 import difflib, json, os, re, sys, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import timm, torch
 from huggingface_hub import model_info, try_to_load_from_cache
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, Dinov2WithRegistersConfig, DINOv3ViTConfig, ViTMAEConfig, CLIPVisionConfig, SiglipVisionConfig
+from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file, logging
 
 # %% ../nbs/01_backbones.ipynb #5cd65301
@@ -30,7 +31,7 @@ class BackboneSpec:
     n_prefix:int # tokens before the first patch: class token plus registers
     mean:tuple # per channel, subtracted from an image in [0, 1]
     std:tuple # per channel, the image is then divided by it
-    pooling:str # 'class': the normalised class token; 'head': an attention pooling head with a learned probe
+    pooling:str # 'class': the normalized class token; 'head': an attention pooling head with a learned probe
     @property
     def grid(self)->int: return self.size//self.patch
 
@@ -55,9 +56,9 @@ BACKBONES = {s.name: s for s in (
 # %% ../nbs/01_backbones.ipynb #7bfa72f8
 BACKBONES |= {f'tiny-{k}': replace(s, name=f'tiny-{k}', source='random', size=96, patch=8) for k,s in BACKBONES.items()}
 
-# %% ../nbs/01_backbones.ipynb #07cda031
-_FAMILIES = dict(dinov2_with_registers='dinov2', dinov2='dinov2', dinov3_vit='dinov3', vit_mae='mae',
-                 clip_vision_model='clip', siglip_vision_model='siglip')
+# %% ../nbs/01_backbones.ipynb #e96d0900
+_TYPES = dict(dinov2='dinov2_with_registers', dinov3='dinov3_vit', mae='vit_mae', clip='clip_vision_model', siglip='siglip_vision_model')
+_FAMILIES = {t: f for f,t in _TYPES.items()} | dict(dinov2='dinov2')
 
 def _settle(config):
     "Turns off what would make the forward pass random."
@@ -65,7 +66,6 @@ def _settle(config):
     if config.model_type=='dinov3_vit': config.pos_embed_rescale = config.pos_embed_shift = config.pos_embed_jitter = None
     return config
 
-# %% ../nbs/01_backbones.ipynb #e4674886
 def _hf_recipe(config): return dict(library='transformers', config=json.loads(_settle(config).to_json_string(use_diff=False)))
 
 def _build(recipe):
@@ -74,30 +74,30 @@ def _build(recipe):
     config = {k:v for k,v in recipe['config'].items() if k!='model_type'}
     return AutoModel.from_config(AutoConfig.for_model(recipe['config']['model_type'], **config), attn_implementation='sdpa')
 
-# %% ../nbs/01_backbones.ipynb #34fa7f07
+# %% ../nbs/01_backbones.ipynb #da2beae1
 def _build_timm(architecture, **options):
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models('*vit*'), 3)
-        raise ValueError(f"timm has no model {architecture!r}"+(f"; did you mean {', '.join(near)}?" if near else ''))
-    model = timm.create_model(architecture, num_classes=0, **options)
-    if not hasattr(model, 'blocks') or not hasattr(model, 'global_pool'): raise ValueError(f"timm's {architecture} is not a plain vision transformer")
-    if model.global_pool in ('token', 'map'): return model
-    if getattr(model, 'cls_token', None) is None: raise ValueError(f"timm's {architecture} has neither class token nor pooling head")
-    return timm.create_model(architecture, num_classes=0, **(options | dict(global_pool='token')))
+    "A timm vision transformer that pools by class token or by head."
+    name,_,tag = architecture.partition('.')
+    if not timm.is_model(name) or tag and architecture not in timm.list_pretrained(f'{name}.*'):
+        near = timm.list_pretrained(f'{name}.*')[:4] or difflib.get_close_matches(name, timm.list_models('*vit*'), 3)
+        raise ValueError(f"timm has no model {architecture!r}; did you mean one of {near}?")
+    model = timm.create_model(architecture, **options|dict(num_classes=0))
+    if getattr(model, 'global_pool', None)=='map': return model
+    if not hasattr(model, 'blocks') or getattr(model, 'cls_token', None) is None:
+        raise ValueError(f"timm's {architecture} is no vision transformer with a class token or a pooling head")
+    return model if model.global_pool=='token' else timm.create_model(architecture, **options|dict(num_classes=0, global_pool='token'))
 
-# %% ../nbs/01_backbones.ipynb #41f8964b
-_CONFIGS = dict(dinov2=Dinov2WithRegistersConfig, dinov3=DINOv3ViTConfig, mae=ViTMAEConfig, clip=CLIPVisionConfig, siglip=SiglipVisionConfig)
-
+# %% ../nbs/01_backbones.ipynb #3b6701c2
 def _tiny_recipe(spec):
     if spec.family=='timm':
         return dict(library='timm', architecture='vit_tiny_patch16_224',
-                    options=dict(img_size=spec.size, patch_size=spec.patch, embed_dim=96, depth=4, num_heads=4))
+                    options=dict(img_size=spec.size, patch_size=spec.patch, embed_dim=96, depth=4, num_heads=4, mlp_ratio=2))
     registers = dict(num_register_tokens=spec.n_prefix-1) if spec.n_prefix>1 else {}
-    wide = dict(mlp_ratio=4) if spec.family=='dinov2' else dict(intermediate_size=384)
-    return _hf_recipe(_CONFIGS[spec.family](hidden_size=96, num_hidden_layers=4, num_attention_heads=4,
-                                            image_size=spec.size, patch_size=spec.patch, **registers, **wide))
+    wide = dict(mlp_ratio=2) if spec.family=='dinov2' else dict(intermediate_size=192)
+    return _hf_recipe(AutoConfig.for_model(_TYPES[spec.family], hidden_size=96, num_hidden_layers=4, num_attention_heads=4,
+                                           image_size=spec.size, patch_size=spec.patch, **registers, **wide))
 
-# %% ../nbs/01_backbones.ipynb #39393452
+# %% ../nbs/01_backbones.ipynb #7b24d334
 class Backbone(nn.Module):
     "An encoder of any family: images in [0, 1] in, pooled features out."
     def __init__(self,
@@ -122,29 +122,20 @@ class Backbone(nn.Module):
                              "resize them, or load the backbone with `size=`")
         x = (images-self.mean)/self.std
         if self.spec.family=='timm': return self.model(x)
-        out = self.model(pixel_values=x, **_hf_inputs(self.spec, x, s!=self.native))
+        inputs = dict(interpolate_pos_encoding=True) if s!=self.native and self.spec.family in ('mae', 'clip', 'siglip') else {}
+        if self.spec.family=='mae': inputs['noise'] = torch.arange(self.spec.grid**2., device=x.device).expand(len(x), -1)
+        out = self.model(pixel_values=x, **inputs)
         return out.last_hidden_state[:,0] if self.spec.family=='mae' else out.pooler_output
 
-# %% ../nbs/01_backbones.ipynb #54e102a3
-def _hf_inputs(spec, x, resized):
-    "What each family of transformers needs beside the pixels."
-    inputs = {}
-    if resized and spec.family in ('mae', 'clip', 'siglip'): inputs['interpolate_pos_encoding'] = True
-    if spec.family=='mae': inputs['noise'] = torch.arange(spec.grid**2., device=x.device).expand(len(x), -1)
-    return inputs
-
-# %% ../nbs/01_backbones.ipynb #5d0572a1
+# %% ../nbs/01_backbones.ipynb #b5b1add8
 _SPARE = re.compile(r'((head|head_dist|fc|classifier|projectors|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias|mask_token)(\.|$))'
                     r'|.*(position_ids|inv_freq|periods|relative_position_index)$')
 
-def _few(names): return ', '.join(sorted(names)[:3])+(f" and {len(names)-3} more" if len(names)>3 else '')
-
-# %% ../nbs/01_backbones.ipynb #3be91ced
 def _refuse(source, missing, wrong, unused):
     "Raises unless a checkpoint fits: `missing` and `unused` are names, `wrong` maps names to pairs of shapes."
-    unused = [k for k in unused if not _SPARE.match(k)]
     shapes = [f"{k} is {tuple(a)} there but {tuple(b)} in the model" for k,(a,b) in wrong.items()]
-    why = [f"{what}: {_few(names)}" for what,names in (('other shapes', shapes), ('not in it', missing), ('of no use to the model', unused)) if names]
+    findings = {'other shapes': shapes, 'not in it': missing, 'of no use to the model': [k for k in unused if not _SPARE.match(k)]}
+    why = [f"{len(names)} {what}: {', '.join(sorted(names)[:3])}" for what,names in findings.items() if names]
     if why: raise ValueError(f"{source} is not a checkpoint of this architecture. "+'. '.join(why))
 
 # %% ../nbs/01_backbones.ipynb #c7d36020
@@ -167,7 +158,7 @@ def _quiet():
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
-# %% ../nbs/01_backbones.ipynb #3c5bba75
+# %% ../nbs/01_backbones.ipynb #fff3a4ce
 def _preprocessing(source, config, family):
     "Input size, mean and std: of the checkpoint where it says so, of the family otherwise."
     path = cached_file(source, 'preprocessor_config.json', _raise_exceptions_for_missing_entries=False)
@@ -177,7 +168,6 @@ def _preprocessing(source, config, family):
     stats = {'clip': OPENAI, 'siglip': HALF}.get(family, IMAGENET)
     return int(side), dict(mean=tuple(p.get('image_mean', stats['mean'])), std=tuple(p.get('image_std', stats['std'])))
 
-# %% ../nbs/01_backbones.ipynb #214d5fe1
 def _load_transformers(source):
     config = AutoConfig.from_pretrained(source)
     config = _settle(getattr(config, 'vision_config', config))
@@ -189,11 +179,11 @@ def _load_transformers(source):
     _refuse(source, info['missing_keys'], {k: (a,b) for k,a,b in info['mismatched_keys']}, info['unexpected_keys'])
     n_prefix = 0 if family=='siglip' else 1+getattr(config, 'num_register_tokens', 0)
     size,stats = _preprocessing(source, config, family)
-    spec = _spec(source, source, family, stats, config.patch_size, n_prefix, 'head' if family=='siglip' else 'class', size)
+    spec = _spec(Path(source).name, source, family, stats, config.patch_size, n_prefix, 'head' if family=='siglip' else 'class', size)
     return Backbone(spec, model, _hf_recipe(config))
 
-# %% ../nbs/01_backbones.ipynb #bd0c7b8d
-def _load_timm(architecture, read, source, options=None, cfg=None):
+# %% ../nbs/01_backbones.ipynb #787c0e93
+def _load_timm(architecture, read, source, options=None, cfg=None, name=None):
     "`read(model)` returns the state dict for a freshly built timm model."
     model = _build_timm(architecture, **(options or {}))
     state = {k.removeprefix('module.'): v for k,v in read(model).items()}
@@ -201,40 +191,32 @@ def _load_timm(architecture, read, source, options=None, cfg=None):
     _refuse(source, [], {k: (v.shape, own[k].shape) for k,v in state.items() if k in own and v.shape!=own[k].shape}, [])
     convert = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     _fill(model, convert(state, model) if convert else state, source)
-    cfg = {**model.pretrained_cfg, **(cfg or {})}
-    embed = model.patch_embed
-    spec = _spec(source, source, 'timm', {k: tuple(cfg[k]) for k in ('mean', 'std')}, embed.patch_size[0], model.num_prefix_tokens,
-                 'class' if model.global_pool=='token' else 'head', embed.img_size[0])
+    stats = {k: tuple((cfg or {}).get(k) or model.pretrained_cfg[k]) for k in ('mean', 'std')}
+    spec = _spec(name or architecture, source, 'timm', stats, model.patch_embed.patch_size[0], model.num_prefix_tokens,
+                 'class' if model.global_pool=='token' else 'head', model.patch_embed.img_size[0])
     return Backbone(spec, model, dict(library='timm', architecture=architecture, options=options or {}))
 
-# %% ../nbs/01_backbones.ipynb #d0c09a1c
+# %% ../nbs/01_backbones.ipynb #07c46a3b
 def _load_timm_folder(folder):
     meta = json.loads((folder/'config.json').read_text())
     weights = next((folder/n for n in ('model.safetensors', 'pytorch_model.bin') if (folder/n).exists()), None)
     if weights is None: raise ValueError(f"{folder} holds no model.safetensors")
-    cfg = meta.get('pretrained_cfg', meta)
     return _load_timm(meta['architecture'], lambda m: timm.models.load_state_dict(str(weights)), str(folder), meta.get('model_args'),
-                      {k: cfg[k] for k in ('mean', 'std') if k in cfg})
+                      meta.get('pretrained_cfg', meta), folder.name)
 
-# %% ../nbs/01_backbones.ipynb #bf6f7654
-def _replace(path, write):
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    write(part)
-    os.replace(part, path)
-
-# %% ../nbs/01_backbones.ipynb #9f3da2fc
+# %% ../nbs/01_backbones.ipynb #d2e4e300
 def save_backbone(
     backbone:Backbone, # of any family, fine-tuned or not
     folder:Path, # created if need be
 )->Path: # `folder`, which `load_backbone` takes
     "Writes weights and spec, so that loading back gives the same features bit for bit."
     if hasattr(backbone.model, 'peft_config'): raise ValueError("the backbone carries adapters: `backbone.model = backbone.model.merge_and_unload()` first")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k,v in backbone.model.state_dict().items()}
     about = json.dumps(dict(spec=asdict(backbone.spec), recipe=backbone.recipe), indent=1)
-    _replace(folder/'backbone.safetensors', lambda p: save_file(state, p))
-    _replace(folder/'backbone.json', lambda p: p.write_text(about))
+    save_file(state, folder/'backbone.safetensors.part')
+    (folder/'backbone.json.part').write_text(about)
+    for name in ('backbone.safetensors', 'backbone.json'): os.replace(folder/f'{name}.part', folder/name)
     return folder
 
 # %% ../nbs/01_backbones.ipynb #5683279f
@@ -245,19 +227,25 @@ def _load_saved(folder):
     _fill(model, load_file(folder/'backbone.safetensors'), str(folder))
     return Backbone(spec, model, about['recipe'])
 
-# %% ../nbs/01_backbones.ipynb #766978d8
+# %% ../nbs/01_backbones.ipynb #7fcaa7f3
+@contextmanager
+def _readable(name):
+    try: yield
+    except SafetensorError as e: raise ValueError(f"the weights of {name} are damaged or incomplete ({e}): copy or download them again") from e
+
+# %% ../nbs/01_backbones.ipynb #a82edb92
 @contextmanager
 def _hub(repo):
     "Turns every failure to fetch `repo` into one error that names the way out."
     try:
-        if not isinstance(try_to_load_from_cache(repo, 'config.json'), str): model_info(repo, timeout=10)
+        if not any(isinstance(try_to_load_from_cache(repo, f), str) for f in ('config.json', 'model.safetensors')): model_info(repo, timeout=10)
         yield
     except ValueError: raise
     except Exception as e:
-        raise OSError(f"{repo} could not be fetched from the Hugging Face hub ({type(e).__name__}): no network, no such model, or its license "
-                      f"is not yet accepted. Where there is a network, `hf download {repo} --local-dir FOLDER`, then load_backbone('FOLDER')") from e
+        raise OSError(f"{repo} is no folder here, and it could not be fetched from the Hugging Face hub ({type(e).__name__}): there is no network or "
+                      f"no such model, or its license is not yet accepted. Where there is a network, `hf download {repo} --local-dir FOLDER`, then load_backbone('FOLDER')") from e
 
-# %% ../nbs/01_backbones.ipynb #d4af2dfe
+# %% ../nbs/01_backbones.ipynb #916cff4e
 def _load_source(name):
     "A backbone from a folder, a local timm checkpoint or the hub."
     folder = Path(name)
@@ -267,12 +255,16 @@ def _load_source(name):
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no checkpoint {file}")
         return _load_timm(architecture, lambda m: timm.models.load_state_dict(file), name)
     if not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', name): raise ValueError(f"no backbone and no folder is called {name!r}; known are {', '.join(BACKBONES)}")
-    with _hub(name):
-        if not name.startswith('timm/'): return _load_transformers(name)
-        return _load_timm(architecture, lambda m: timm.models.load_state_dict_from_hf(m.pretrained_cfg['hf_hub_id']), name)
+    if name.startswith('timm/'): return _load_timm(architecture, _fetch_timm, name)
+    with _hub(name): return _load_transformers(name)
 
-# %% ../nbs/01_backbones.ipynb #4015e670
+def _fetch_timm(model):
+    repo = model.pretrained_cfg.get('hf_hub_id')
+    if not repo: raise ValueError(f"timm has no weights for {model.pretrained_cfg['architecture']} on the hub; use timm/<model>@<checkpoint>")
+    with _hub(repo): return timm.models.load_state_dict_from_hf(repo)
+
 def _load_folder(folder):
+    "Saved by `save_backbone`, or in the layout of timm or transformers."
     if (folder/'backbone.json').exists(): return _load_saved(folder)
     if not (folder/'config.json').exists(): raise ValueError(f"{folder} is no backbone: it holds neither backbone.json nor config.json")
     if 'architecture' in json.loads((folder/'config.json').read_text()): return _load_timm_folder(folder)
@@ -298,20 +290,20 @@ def _load_known(spec):
     if found!=spec: raise ValueError(f"{spec.source} does not look as the registry says: {found} instead of {spec}")
     return _as(backbone, spec)
 
-# %% ../nbs/01_backbones.ipynb #6d080575
+# %% ../nbs/01_backbones.ipynb #d4b32003
 def load_backbone(
     name_or_path:str, # key of `BACKBONES`, hub id, `timm/<model>`, `timm/<model>@<checkpoint>`, or a folder
     size:int=None, # side of the input in pixels, a multiple of the patch; None: the model's own
 )->Backbone: # in evaluation mode, float32, on the CPU
     "The one way to get an encoder. The same name gives the same weights, and the global random state stays where it is."
     name = str(name_or_path)
-    name = next((s.name for s in BACKBONES.values() if s.source==name), name)
-    with _quiet():
+    name = next((s.name for s in BACKBONES.values() if s.source==name!='random'), name)
+    with _quiet(), _readable(name):
         backbone = _load_known(BACKBONES[name]) if name in BACKBONES else _load_source(name)
         if size is not None: backbone = _as(backbone, replace(backbone.spec, size=size))
     return backbone.eval().float()
 
-# %% ../nbs/01_backbones.ipynb #5f3701bb
+# %% ../nbs/01_backbones.ipynb #cdb4a531
 def attention_projections(
     backbone:Backbone, # not wrapped by adapters
 )->list: # one dict per block, from 'q', 'k', 'v' (or 'qkv' where fused) to the module's name in `backbone.model`
@@ -319,9 +311,9 @@ def attention_projections(
     maps = {}
     for name,m in backbone.model.named_modules():
         owner,_,last = name.rpartition('.')
-        kind = last.removesuffix('_proj')
-        if isinstance(m, nn.Linear) and (last=='qkv' or last in ('q_proj', 'k_proj', 'v_proj')): maps.setdefault(owner, {})[kind] = name
-    found = list(maps.values())
-    if len(found)!=backbone.depth or any(set(f) not in ({'qkv'}, set('qkv')) for f in found):
-        raise ValueError(f"{backbone.spec.name} has {backbone.depth} blocks, but projections of {len(found)} were found: {found[:1]}")
-    return found
+        if isinstance(m, nn.Linear) and last in ('qkv', 'q_proj', 'k_proj', 'v_proj'): maps.setdefault(owner, {})[last.removesuffix('_proj')] = name
+    if len(maps)!=backbone.depth or any(set(m) not in ({'qkv'}, set('qkv')) for m in maps.values()):
+        raise ValueError(f"{backbone.spec.name} has {backbone.depth} blocks, but projections of {len(maps)} were found: {list(maps.values())[:1]}")
+    outside = [owner for owner in maps if getattr(backbone.model.get_submodule(owner), 'q_bias', None) is not None]
+    if outside: raise ValueError(f"{backbone.spec.name} adds the biases of its queries in {outside[0]} itself, where adapters cannot follow")
+    return list(maps.values())
