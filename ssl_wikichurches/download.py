@@ -46,5 +46,6 @@ def load_churches(
     "The annotated churches of a source."
     if source=='synthetic': return read_churches(synthetic_folder(), on_error, verify=bool(verify))
     if not Path(source).is_dir():
-        raise FileNotFoundError(f"no folder {str(source)!r}: expected 'synthetic', or a folder with images/ and churches.json (WikiChurches, Zenodo record 5166987, unpacked)")
+        raise FileNotFoundError(f"no folder {str(source)!r}: expected 'synthetic', or a folder with images/ and churches.json "
+                                "(WikiChurches, Zenodo record 5166987, unpacked)")
     return read_churches(source, on_error, verify=verify is not False)
