@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'make_recipe', 'lr_factor', 'class_weights', 'classification_scores', 'StyleModel', 'new_classifier',
-           'image_loader', 'predict', 'train', 'Fitted', 'TrainData', 'classifier_state', 'load_classifier']
+           'image_loader', 'predict', 'train', 'Fitted', 'classifier_state', 'load_classifier', 'check_tensors',
+           'TrainData']
 
 # %% ../nbs/03_finetune.ipynb #64cb83ac
 import math
@@ -27,11 +28,13 @@ class Recipe:
     warmup:float=.1 # share of all steps with linearly rising learning rate
     clip:float=0. # largest gradient norm; 0: no clipping
     class_weights:str='balanced' # 'balanced': n/(classes*count) per class; 'none'
+    augment:bool=True # the plan's training augmentation
     def __post_init__(self):
         if self.epochs<1 or self.batch<1: raise ValueError(f"epochs {self.epochs}, batch {self.batch}: both must be at least 1")
         if self.lr<0 or self.weight_decay<0 or self.clip<0 or not 0<=self.warmup<1:
             raise ValueError("lr, weight_decay and clip must be at least 0, and warmup in [0, 1)")
-        if self.class_weights not in ('balanced','none'): raise ValueError(f"class_weights is {self.class_weights!r}: expected 'balanced' or 'none'")
+        if self.class_weights not in ('balanced','none'):
+            raise ValueError(f"class_weights is {self.class_weights!r}: expected 'balanced' or 'none'")
 
 # %% ../nbs/03_finetune.ipynb #ea6c8abf
 def make_recipe(
@@ -39,13 +42,13 @@ def make_recipe(
     **overrides, # fields to change; unknown ones raise
 )->Recipe:
     "A recipe with some fields changed."
-    known = {f.name:f.type for f in fields(kind)}
-    if unknown := sorted(set(overrides)-set(known)): raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(known)}")
-    for name,value in overrides.items():
-        want = type(getattr(kind(), name))
-        if not isinstance(value, want) and not (want is float and isinstance(value, int)) or isinstance(value, bool)!=(want is bool):
-            raise ValueError(f"{name} of {kind.__name__} must be {want.__name__}, got {value!r}")
-    return kind(**{n:float(v) if type(getattr(kind(), n)) is float else v for n,v in overrides.items()})
+    types = {f.name:type(getattr(kind(), f.name)) for f in fields(kind)}
+    if unknown := sorted(set(overrides)-set(types)):
+        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {sorted(types)}")
+    values = {k:float(v) if types[k] is float and type(v) is int else v for k,v in overrides.items()}
+    for k,v in values.items():
+        if type(v) is not types[k]: raise ValueError(f"{k} of {kind.__name__} must be {types[k].__name__}, got {v!r}")
+    return kind(**values)
 
 # %% ../nbs/03_finetune.ipynb #02322c29
 def lr_factor(
@@ -65,16 +68,19 @@ def class_weights(
 )->torch.Tensor: # (n_classes,), mean over the training images is 1
     "Weights that let every class count the same in the loss."
     counts = np.bincount(labels, minlength=n_classes)
-    if (counts==0).any(): raise ValueError(f"no training image of {[CLASSES[i] for i in np.flatnonzero(counts==0)]}: every style needs some")
+    if (counts==0).any():
+        raise ValueError(f"no training image of {[CLASSES[i] for i in np.flatnonzero(counts==0)]}: every style needs some")
     return torch.tensor(len(labels)/(n_classes*counts), dtype=torch.float32)
 
+# %% ../nbs/03_finetune.ipynb #f4a4be83
 def classification_scores(
     labels:np.ndarray, # (n,) true classes
     predicted:np.ndarray, # (n,) predicted classes
 )->dict: # accuracy, balanced_accuracy, macro_f1
     "Scores over the classes that occur in `labels`."
     present = np.unique(labels)
-    return dict(accuracy=accuracy_score(labels, predicted), balanced_accuracy=float(np.mean([(predicted[labels==c]==c).mean() for c in present])),
+    recalls = [(predicted[labels==c]==c).mean() for c in present]
+    return dict(accuracy=accuracy_score(labels, predicted), balanced_accuracy=float(np.mean(recalls)),
                 macro_f1=f1_score(labels, predicted, average='macro', labels=present, zero_division=0))
 
 # %% ../nbs/03_finetune.ipynb #feaea7cd
@@ -112,7 +118,8 @@ def image_loader(
     "Batches of photographs with their classes."
     if lost := [n for n in names if n not in labels.index]: raise ValueError(f"{len(lost)} images have no class: {lost[:3]}")
     ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels)
-    return DataLoader(ds, batch, shuffle=shuffle, collate_fn=_stack, num_workers=workers, generator=torch.Generator().manual_seed(seed))
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(ds, batch, shuffle=shuffle, collate_fn=_stack, num_workers=workers, generator=order)
 
 # %% ../nbs/03_finetune.ipynb #37d6abcd
 @torch.no_grad()
@@ -182,6 +189,37 @@ class Fitted:
         logits,t = predict(StyleModel(self.backbone, self.classifier).to(device), loader, device)
         return classification_scores(t.numpy(), logits.argmax(1).numpy())
 
+# %% ../nbs/03_finetune.ipynb #3f6e8010
+def classifier_state(
+    classifier:nn.Linear,
+)->dict: # tensors named classifier.weight, classifier.bias
+    "Tensors of a classifier, named for a run's file."
+    return {f'classifier.{k}':v.detach().cpu().clone() for k,v in classifier.state_dict().items()}
+
+def load_classifier(
+    state:dict, # of `Fitted.state`
+)->nn.Linear:
+    "The classifier in a run's tensors."
+    if 'classifier.weight' not in state:
+        raise ValueError(f"no classifier among the tensors {sorted(state)[:3]}...: is this a run's model.safetensors?")
+    w,b = state['classifier.weight'], state['classifier.bias']
+    layer = nn.Linear(w.shape[1], w.shape[0])
+    layer.load_state_dict(dict(weight=w, bias=b))
+    return layer.eval()
+
+# %% ../nbs/03_finetune.ipynb #0352a25d
+def check_tensors(
+    found:dict, # name -> tensor, of a run's file
+    own:dict, # name -> tensor, of the model that they are meant for
+    model:str, # its name, for the message
+)->dict: # `found`
+    "Raise unless two sets of tensors have the same names and shapes."
+    shapes = [{k:tuple(v.shape) for k,v in d.items()} for d in (found, own)]
+    wrong = sorted(k for k in {**found,**own} if shapes[0].get(k)!=shapes[1].get(k))
+    if wrong: raise ValueError(f"these tensors are not of {model}: {len(wrong)} are missing, extra or of another shape, first {wrong[:3]}")
+    return found
+
+# %% ../nbs/03_finetune.ipynb #cae8a709
 @dataclass(frozen=True)
 class TrainData:
     "Photographs, split and input geometry of a training."
@@ -196,20 +234,12 @@ class TrainData:
     def weight(self, recipe:Recipe)->torch.Tensor: # weights of the loss
         y = self.labels.loc[list(self.split.train)].to_numpy()
         return class_weights(y) if recipe.class_weights=='balanced' else torch.ones(len(CLASSES))
-    def loader(self, part:str, batch:int=32, augment:bool=False, shuffle:bool=False, seed:int=0)->DataLoader: # part: train, val, eval
-        return image_loader(self.churches, getattr(self.split, part), self.labels, self.size, self.geometry, augment, shuffle, batch, seed, self.workers)
-
-def classifier_state(
-    classifier:nn.Linear,
-)->dict: # tensors named classifier.weight, classifier.bias
-    "Tensors of a classifier, named for a run's file."
-    return {f'classifier.{k}':v.detach().cpu().clone() for k,v in classifier.state_dict().items()}
-
-def load_classifier(
-    state:dict, # of `Fitted.state`
-)->nn.Linear:
-    "The classifier in a run's tensors."
-    if 'classifier.weight' not in state: raise ValueError(f"no classifier among the tensors {sorted(state)[:3]}...: is this a run's model.safetensors?")
-    w,b = state['classifier.weight'], state['classifier.bias']
-    layer = nn.Linear(w.shape[1], w.shape[0]); layer.load_state_dict(dict(weight=w, bias=b))
-    return layer.eval()
+    def loader(self,
+        part:str, # 'train', 'val' or 'eval'
+        batch:int=32,
+        **kwargs, # of `image_loader`: augment, shuffle, seed
+    )->DataLoader:
+        names = getattr(self.split, part)
+        return image_loader(self.churches, names, self.labels, self.size, self.geometry, batch=batch, workers=self.workers, **kwargs)
+    def loaders(self, recipe:Recipe, seed:int)->tuple: # training (shuffled, augmented if the recipe says so) and validation loader
+        return self.loader('train', recipe.batch, augment=recipe.augment, shuffle=True, seed=seed), self.loader('val', recipe.batch)

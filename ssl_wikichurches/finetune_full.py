@@ -8,7 +8,7 @@ __all__ = ['FullRecipe', 'parameter_groups', 'fit_full', 'restore_full']
 # %% ../nbs/03_finetune_full.ipynb #9066e340
 from dataclasses import dataclass
 from .backbones import Backbone
-from .finetune import Fitted, Recipe, StyleModel, TrainData, classifier_state, new_classifier, train
+from .finetune import Fitted, Recipe, StyleModel, TrainData, check_tensors, classifier_state, new_classifier, train
 
 # %% ../nbs/03_finetune_full.ipynb #289e69c6
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class FullRecipe(Recipe):
     "Full fine-tuning with a lower rate for the backbone."
     backbone_lr:float=1e-5 # peak learning rate of the backbone
     clip:float=1. # largest gradient norm, over backbone and classifier together
-    augment:bool=True # the plan's training augmentation
 
 # %% ../nbs/03_finetune_full.ipynb #cc1ce2c6
 def parameter_groups(
@@ -38,9 +37,9 @@ def fit_full(
     "Train every weight that the library leaves trainable."
     model = StyleModel(backbone, new_classifier(backbone.dim, seed)).to(device)
     groups = parameter_groups(model, recipe)
-    loaders = data.loader('train', recipe.batch, recipe.augment, shuffle=True, seed=seed), data.loader('val', recipe.batch)
-    history = train(model, groups, loaders, data.weight(recipe), recipe, seed, device)
-    state = {f'backbone.{k}':v.detach().cpu().clone() for k,v in backbone.state_dict().items()} | classifier_state(model.classifier)
+    history = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device)
+    weights = {f'backbone.{k}':v.detach().cpu().clone() for k,v in backbone.state_dict().items()}
+    state = weights|classifier_state(model.classifier)
     return Fitted(backbone, model.classifier, history, state, sum(p.numel() for g in groups for p in g['params']))
 
 def restore_full(
@@ -50,8 +49,5 @@ def restore_full(
 )->Backbone:
     "Put fine-tuned weights back onto a backbone."
     weights = {k.removeprefix('backbone.'):v for k,v in state.items() if k.startswith('backbone.')}
-    own = backbone.state_dict()
-    if wrong := [k for k in {**own,**weights} if k not in own or k not in weights or own[k].shape!=weights[k].shape]:
-        raise ValueError(f"these weights are not of {backbone.spec.name}: {len(wrong)} tensors are missing, extra or of another shape, first {sorted(wrong)[:3]}")
-    backbone.load_state_dict(weights)
+    backbone.load_state_dict(check_tensors(weights, backbone.state_dict(), backbone.spec.name))
     return backbone.eval()

@@ -19,6 +19,10 @@ class LinearRecipe(Recipe):
     "Linear probe: a longer training of one layer."
     epochs:int=50
     lr:float=1e-3
+    augment:bool=False # features are computed once, from the photographs as they are
+    def __post_init__(self):
+        super().__post_init__()
+        if self.augment: raise ValueError("a linear probe trains on features computed once: augment must be False")
 
 # %% ../nbs/03_finetune_linear.ipynb #dab6a714
 def pooled_features(
@@ -40,9 +44,11 @@ def fit_linear(
     "Train a linear classifier on the frozen backbone's pooled features."
     backbone.eval()
     classifier = new_classifier(backbone.dim, seed).to(device)
-    sets = [pooled_features(backbone, data.loader(p, recipe.batch), device) for p in ('train','val')]
-    loaders = [DataLoader(s, recipe.batch, shuffle=i==0, generator=torch.Generator().manual_seed(seed)) for i,s in enumerate(sets)]
-    history = train(classifier, [dict(params=list(classifier.parameters()), lr=recipe.lr)], loaders, data.weight(recipe), recipe, seed, device)
+    features = {p:pooled_features(backbone, data.loader(p, recipe.batch), device) for p in ('train','val')}
+    order = torch.Generator().manual_seed(seed)
+    loaders = DataLoader(features['train'], recipe.batch, shuffle=True, generator=order), DataLoader(features['val'], recipe.batch)
+    groups = [dict(params=list(classifier.parameters()), lr=recipe.lr)]
+    history = train(classifier, groups, loaders, data.weight(recipe), recipe, seed, device)
     return Fitted(backbone, classifier, history, classifier_state(classifier), sum(p.numel() for p in classifier.parameters()))
 
 def restore_linear(

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from .backbones import Backbone, attention_projections
-from .finetune import Fitted, Recipe, StyleModel, TrainData, classifier_state, new_classifier, train
+from .finetune import Fitted, Recipe, StyleModel, TrainData, check_tensors, classifier_state, new_classifier, train
 
 # %% ../nbs/03_finetune_lora.ipynb #99653d42
 @dataclass(frozen=True)
@@ -21,33 +21,35 @@ class LoraRecipe(Recipe):
     rank:int=8
     alpha:float=32. # the update is scaled by alpha/rank
     dropout:float=.1 # on the input of the adapters, in training
-    augment:bool=True # the plan's training augmentation
     def __post_init__(self):
         super().__post_init__()
-        if self.rank<1 or not 0<=self.dropout<1: raise ValueError(f"rank {self.rank}, dropout {self.dropout}: expected rank >= 1 and dropout in [0, 1)")
+        if self.rank<1 or not 0<=self.dropout<1:
+            raise ValueError(f"rank {self.rank}, dropout {self.dropout}: expected rank >= 1 and dropout in [0, 1)")
 
 # %% ../nbs/03_finetune_lora.ipynb #4b2fed7d
+def _linear(weight, bias):
+    "A linear layer with these weights; no bias where it is None."
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    layer.load_state_dict({k:v for k,v in dict(weight=weight, bias=bias).items() if v is not None})
+    return layer
+
 class SplitQKV(nn.Module):
     "A fused qkv layer as three linear layers, so that q and v can be adapted without k."
     def __init__(self, fused:nn.Linear):
         super().__init__()
-        for name,w,b in zip('qkv', fused.weight.chunk(3), [None]*3 if fused.bias is None else fused.bias.chunk(3)):
-            layer = nn.Linear(w.shape[1], w.shape[0], bias=b is not None, device=w.device, dtype=w.dtype)
-            layer.load_state_dict(dict(weight=w) | ({} if b is None else dict(bias=b)))
-            setattr(self, name, layer)
+        biases = [None]*3 if fused.bias is None else fused.bias.chunk(3)
+        self.q,self.k,self.v = (_linear(w, b) for w,b in zip(fused.weight.chunk(3), biases))
     def forward(self, x): return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
-
     def fuse(self)->nn.Linear: # one layer with the weights of the three
-        weights = torch.cat([self.q.weight, self.k.weight, self.v.weight])
-        layer = nn.Linear(weights.shape[1], weights.shape[0], bias=self.q.bias is not None, device=weights.device, dtype=weights.dtype)
-        biases = {} if self.q.bias is None else dict(bias=torch.cat([self.q.bias, self.k.bias, self.v.bias]))
-        layer.load_state_dict(dict(weight=weights)|biases)
-        return layer
+        layers = self.q,self.k,self.v
+        return _linear(torch.cat([l.weight for l in layers]), None if self.q.bias is None else torch.cat([l.bias for l in layers]))
 
 # %% ../nbs/03_finetune_lora.ipynb #00f5dccf
 def _replace(model, name, module):
     parent,_,child = name.rpartition('.')
     setattr(model.get_submodule(parent), child, module)
+
+def _modules(backbone, kind): return [(n,m) for n,m in backbone.model.named_modules() if isinstance(m, kind)]
 
 def add_adapters(
     backbone:Backbone, # is changed: its weights are frozen, adapters are added
@@ -63,10 +65,13 @@ def add_adapters(
         else: targets += [block['q'], block['v']]
     backbone.requires_grad_(False)
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets)
-    with torch.random.fork_rng(): torch.manual_seed(seed); inject_adapter_in_model(config, backbone.model)
-    found = [n for n,m in backbone.model.named_modules() if isinstance(m, LoraLayer)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, backbone.model)
+    found = [n for n,_ in _modules(backbone, LoraLayer)]
     if sorted(found)!=sorted(targets) or len(found)!=2*backbone.depth:
-        raise RuntimeError(f"{backbone.spec.name}: {len(found)} layers carry adapters, expected q and v of {backbone.depth} blocks: {sorted(set(found)^set(targets))[:4]}")
+        raise RuntimeError(f"{backbone.spec.name}: {len(found)} layers carry adapters, expected q and v of {backbone.depth} blocks: "
+                           f"{sorted(set(found)^set(targets))[:4]}")
     return found
 
 # %% ../nbs/03_finetune_lora.ipynb #11ea68fe
@@ -74,9 +79,10 @@ def merge_adapters(
     backbone:Backbone, # is changed: adapters are merged into its weights
 )->Backbone: # the same backbone, in evaluation mode, with the library's own modules
     "Add the adapters to the weights they adapt, and remove them."
-    for name,layer in [(n,m) for n,m in backbone.model.named_modules() if isinstance(m, LoraLayer)]:
-        layer.merge(); _replace(backbone.model, name, layer.get_base_layer())
-    for name,split in [(n,m) for n,m in backbone.model.named_modules() if isinstance(m, SplitQKV)]: _replace(backbone.model, name, split.fuse())
+    for name,layer in _modules(backbone, LoraLayer):
+        layer.merge()
+        _replace(backbone.model, name, layer.get_base_layer())
+    for name,split in _modules(backbone, SplitQKV): _replace(backbone.model, name, split.fuse())
     if hasattr(backbone.model, 'peft_config'): del backbone.model.peft_config
     return backbone.eval()
 
@@ -91,13 +97,15 @@ def fit_lora(
     "Train adapters and classifier; the rest of the backbone is frozen."
     add_adapters(backbone, recipe, seed)
     model = StyleModel(backbone, new_classifier(backbone.dim, seed)).to(device)
-    adapters = [m for m in backbone.modules() if isinstance(m, LoraLayer)]
-    def train_mode(): model.eval(); [a.train() for a in adapters]
+    def train_mode():
+        model.eval()
+        for _,m in _modules(backbone, LoraLayer): m.train()
     params = [p for p in model.parameters() if p.requires_grad]
-    loaders = data.loader('train', recipe.batch, recipe.augment, shuffle=True, seed=seed), data.loader('val', recipe.batch)
-    history = train(model, [dict(params=params, lr=recipe.lr)], loaders, data.weight(recipe), recipe, seed, device, train_mode)
-    state = {f'adapter.{k}':v.detach().cpu().clone() for k,v in get_peft_model_state_dict(backbone.model).items()}
-    return Fitted(merge_adapters(backbone), model.classifier, history, state|classifier_state(model.classifier), sum(p.numel() for p in params))
+    groups = [dict(params=params, lr=recipe.lr)]
+    history = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device, train_mode)
+    adapters = {f'adapter.{k}':v.detach().cpu().clone() for k,v in get_peft_model_state_dict(backbone.model).items()}
+    state = adapters|classifier_state(model.classifier)
+    return Fitted(merge_adapters(backbone), model.classifier, history, state, sum(p.numel() for p in params))
 
 def restore_lora(
     backbone:Backbone, # the frozen backbone; is changed
@@ -108,7 +116,5 @@ def restore_lora(
     weights = {k.removeprefix('adapter.'):v for k,v in state.items() if k.startswith('adapter.')}
     add_adapters(backbone, recipe)
     own = get_peft_model_state_dict(backbone.model)
-    if wrong := [k for k in {**own,**weights} if k not in own or k not in weights or own[k].shape!=weights[k].shape]:
-        raise ValueError(f"these adapters are not of {backbone.spec.name} at rank {recipe.rank}: {len(wrong)} tensors are missing, extra or of another shape, first {sorted(wrong)[:3]}")
-    set_peft_model_state_dict(backbone.model, weights)
+    set_peft_model_state_dict(backbone.model, check_tensors(weights, own, f'{backbone.spec.name} with adapters of rank {recipe.rank}'))
     return merge_adapters(backbone)
