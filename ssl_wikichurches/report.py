@@ -56,7 +56,7 @@ def examples(
     folders,by_image = (Path(root)/f'{model}-frozen', run.folder), scores.set_index('image')
     return [Example(n, torch.stack([_mean_map(f, n) for f in folders]), *by_image.loc[n, ['before','after']]) for n in example_images(scores)]
 
-# %% ../nbs/06b_report.ipynb #3adf90f0
+# %% ../nbs/06b_report.ipynb #22bace21
 def _picture(fig, kind, **kwargs): # bytes of a PNG or JPEG file
     data = io.BytesIO()
     fig.savefig(data, format=kind, **kwargs)
@@ -107,8 +107,13 @@ mean over heads; the two maps of a row share one scale, the last panel is their 
 <p class="note">{{ split }} images for training, validation and evaluation; no church is in two of them.</p>
 <h2>Versions</h2><p class="note">{% for v in versions %}{{ v }}<br>{% endfor %}</p></body></html>"""
 
-# %% ../nbs/06b_report.ipynb #14e16d62
+# %% ../nbs/06b_report.ipynb #2d08b60c
 def _embed(fig, kind='png'): return f'data:image/{kind};base64,'+base64.b64encode(_picture(fig, kind)).decode()
+
+def _forest(table, metric):
+    fig = Figure(figsize=(7.5, 1.2+.3*len(table)), dpi=100, layout='constrained')
+    forest_plot(table, fig.subplots(), f'shift of {metric} (fine-tuned minus frozen)')
+    return fig
 
 def _html(table, **kwargs): return Markup(table.to_html(border=0, **kwargs))
 
@@ -140,7 +145,7 @@ def _pictures(root, table, metric):
     last = table[table.tier!='linear'].drop_duplicates('model', keep='last')
     return [(f'{r.model}, {r.tier}', _embed(draw(r), 'jpeg')) for r in last.itertuples()]
 
-# %% ../nbs/06b_report.ipynb #f6ee5061
+# %% ../nbs/06b_report.ipynb #a4b646f3
 def write_report(
     root:str|os.PathLike, # folder of a study
     path:str|os.PathLike=None, # HTML file; None: report.html in the study's folder
@@ -148,12 +153,10 @@ def write_report(
 )->Path: # the file
     "Write a study's report as one HTML file."
     table = study_table(root, metric)
-    fig = Figure(figsize=(7.5, 1.2+.3*len(table)), dpi=100, layout='constrained')
-    forest_plot(table, fig.subplots(), f'shift of {metric} (fine-tuned minus frozen)')
     text = readable_table(table)
     accuracy = text[['accuracy','balanced_accuracy','macro_f1']]
     html = Environment(autoescape=True).from_string(TEMPLATE).render(
-        **_facts(root, metric), forest=_embed(fig), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
+        **_facts(root, metric), forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
         strips=_pictures(root, table, metric))
     path = Path(path or Path(root)/'report.html')
     part = path.with_name(f'.{path.name}.part')
@@ -161,10 +164,10 @@ def write_report(
     os.replace(part, path)
     return path
 
-# %% ../nbs/06b_report.ipynb #3ff56049
+# %% ../nbs/06b_report.ipynb #16720b2e
 def save_results(
     root:str|os.PathLike, # folder of a study
-    folder:str|os.PathLike, # gets table.csv, study.json and examples.safetensors
+    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png
     metric:str=PRIMARY,
 )->Path: # the folder
     "The small files of a study, for figures and tables elsewhere."
@@ -178,6 +181,7 @@ def save_results(
     scores = {k:[(e.image, e.before, e.after) for e in v] for k,v in found.items()}
     maps = {k:torch.stack([e.maps for e in v]).half() for k,v in found.items()}
     save_file(maps, folder/'examples.safetensors', metadata=dict(scores=json.dumps(scores)))
+    _forest(table, metric).savefig(folder/'forest.png')
     return folder
 
 def load_examples(

@@ -1,0 +1,15 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: study test
+study: .venv/installed
+	$(BIN)/wikichurches_study
+
+test: .venv/installed
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/pytest -q tests
+
+.venv/installed: settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
