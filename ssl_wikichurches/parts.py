@@ -11,15 +11,36 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # %% ../nbs/00a_parts.ipynb #1185769e
-def rect(x, y, w, h): return np.array([(x,y),(x+w,y),(x+w,y+h),(x,y+h)])
-def oval(x, y, w, h, n=20):
+def rect(
+    x:float, # left, in the units of the wall
+    y:float, # bottom
+    w:float, # width
+    h:float, # height
+)->np.ndarray: # (4, 2) corners
+    "Outline of a rectangle."
+    return np.array([(x,y),(x+w,y),(x+w,y+h),(x,y+h)])
+
+def oval(
+    x:float, # left, bottom, width and height of the rectangle that it touches
+    y:float,
+    w:float,
+    h:float,
+    n:int=20, # corners
+)->np.ndarray: # (n, 2)
+    "Outline of an ellipse."
     t = np.linspace(0, 2*np.pi, n, endpoint=False)
     return np.c_[x+w/2+w/2*np.cos(t), y+h/2+h/2*np.sin(t)]
 
 # %% ../nbs/00a_parts.ipynb #75e0939d
 _RISE = dict(round=.5, pointed=.95, square=0) # height of the arch above its springing, in widths
-def arch(x, y, w, h, kind='round'):
-    "Outline of an opening of that width and height: upright sides, then an arch."
+def arch(
+    x:float, # left, bottom, width and height of the whole opening
+    y:float,
+    w:float,
+    h:float,
+    kind:str='round', # 'round', 'pointed' or 'square'
+)->np.ndarray: # (20, 2)
+    "Outline of an opening: upright sides, then an arch."
     rise,t = min(_RISE[kind]*abs(w), h),np.linspace(0, 1, 9)
     if kind=='pointed': u,v = 1-np.cos(t*np.pi/3),np.sin(t*np.pi/3)/np.sin(np.pi/3)
     else: u,v = .5-.5*np.cos(t*np.pi/2),np.sin(t*np.pi/2)
@@ -114,8 +135,17 @@ def _tracery(p, x, y, w, h):
     for dx,dy in ((1,0),(-1,0),(0,1),(0,-1)): p.poly(oval(cx+r*(.75*dx-.8), cy+r*(.75*dy-.8), 1.6*r, 1.6*r, 10), 'glass')
 
 # %% ../nbs/00a_parts.ipynb #fecef055
-def turned(p, x, y, w, h, color, profile, slices=6):
-    "A solid of revolution seen from the side; `profile` rows are (radius, height), both 0 to 1."
+def turned(
+    p:Pen,
+    x:float, # left, bottom, width and height of the rectangle that it fills
+    y:float,
+    w:float,
+    h:float,
+    color:str, # a material of the pen's palette
+    profile:list, # rows of (radius, height), both 0 to 1
+    slices:int=6, # upright slices of the side that is seen
+):
+    "Draw a solid of revolution seen from the side."
     r,t = np.asarray(profile).T
     angle = np.linspace(-np.pi/2, np.pi/2, slices+1)
     for a,b in zip(angle[:-1], angle[1:]):

@@ -44,8 +44,8 @@ def show_overlay(
     ax = ax or plt.subplots(figsize=(3,3), dpi=80, layout='constrained')[1]
     size = image.shape[-1]
     frame = dict(extent=(0,size,size,0), interpolation='nearest')
-    ax.imshow(image.permute(1,2,0) if heat is None else image.mean(0), cmap='gray', vmin=0, vmax=1, **frame)
-    if heat is not None: ax.imshow(upsample(heat, size), cmap=cmap, alpha=.65, vmin=vmin, vmax=vmax, **frame)
+    ax.imshow((image.permute(1,2,0) if heat is None else image.mean(0)).numpy(), cmap='gray', vmin=0, vmax=1, **frame)
+    if heat is not None: ax.imshow(upsample(heat, size).numpy(), cmap=cmap, alpha=.65, vmin=vmin, vmax=vmax, **frame)
     for x0,y0,x1,y1 in ([] if boxes is None else boxes.tolist()):
         ax.add_patch(Rectangle((x0,y0), x1-x0, y1-y0, fill=False, color=BOX_COLOR, lw=1.3))
     ax.set(xlim=(0,size), ylim=(size,0)); ax.set_axis_off()

@@ -15,10 +15,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from safetensors import safe_open
-from safetensors.torch import save_file
 from .data import ChurchDataset, Churches, boxes_in_view, class_labels, eval_transform
 from .download import load_churches
-from .experiments import complete_runs, load_maps, missing_runs, read_study, study_scores, study_table
+from .experiments import complete_runs, load_maps, missing_runs, read_study, study_scores, study_table, write_tensors
 from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot
@@ -53,10 +52,10 @@ def examples(
     runs,scores = complete_runs(root), study_scores(root, metric)
     run = runs[(runs.model==model)&(runs.tier==tier)].sort_values('seed').iloc[0]
     scores = scores[(scores.model==model)&(scores.tier==tier)&(scores.seed==run.seed)]
-    folders,by_image = (Path(root)/f'{model}-frozen', run.folder), scores.set_index('image')
-    return [Example(n, torch.stack([_mean_map(f, n) for f in folders]), *by_image.loc[n, ['before','after']]) for n in example_images(scores)]
+    folders,by_image = (Path(root)/f'{model}-frozen', run.folder), scores.set_index('image')[['before','after']]
+    return [Example(n, torch.stack([_mean_map(f, n) for f in folders]), *by_image.loc[n]) for n in example_images(scores)]
 
-# %% ../nbs/06b_report.ipynb #22bace21
+# %% ../nbs/06b_report.ipynb #31f44876
 def _picture(fig, kind, **kwargs): # bytes of a PNG or JPEG file
     data = io.BytesIO()
     fig.savefig(data, format=kind, **kwargs)
@@ -107,7 +106,7 @@ mean over heads; the two maps of a row share one scale, the last panel is their 
 <p class="note">{{ split }} images for training, validation and evaluation; no church is in two of them.</p>
 <h2>Versions</h2><p class="note">{% for v in versions %}{{ v }}<br>{% endfor %}</p></body></html>"""
 
-# %% ../nbs/06b_report.ipynb #2d08b60c
+# %% ../nbs/06b_report.ipynb #faf2618f
 def _embed(fig, kind='png'): return f'data:image/{kind};base64,'+base64.b64encode(_picture(fig, kind)).decode()
 
 def _forest(table, metric):
@@ -120,6 +119,8 @@ def _html(table, **kwargs): return Markup(table.to_html(border=0, **kwargs))
 def _recipes(runs):
     recipes = {r.tier:r.recipe for r in runs[runs.tier!='frozen'].itertuples()}
     return pd.DataFrame(recipes).astype(object).fillna('').rename_axis('field')
+
+def _distinct(values): return [json.loads(v) for v in sorted({json.dumps(v) for v in values})]
 
 def _levels(folder, metric):
     "Mean chance and ceiling of a metric."
@@ -135,7 +136,7 @@ def _facts(root, metric):
     return dict(study=study, metric=metric, n_images=scores.image.nunique(), n_churches=scores.church.nunique(),
                 view=boxes_in_view(churches, first.spec['size'], study.geometry), majority=labels.value_counts(normalize=True).max(),
                 missing=missing_runs(root), recipes=_html(_recipes(runs)), split=f'{first.n_train} + {first.n_val} + {first.n_eval}',
-                versions=sorted({', '.join(f'{k} {v}' for k,v in r.items()) for r in runs.versions}), **_levels(first.folder, metric))
+                versions=[', '.join(f'{k} {v}' for k,v in r.items()) for r in _distinct(runs.versions)], **_levels(first.folder, metric))
 
 def _pictures(root, table, metric):
     "Examples of each model: of its last tier in the table, which may move most."
@@ -145,7 +146,7 @@ def _pictures(root, table, metric):
     last = table[table.tier!='linear'].drop_duplicates('model', keep='last')
     return [(f'{r.model}, {r.tier}', _embed(draw(r), 'jpeg')) for r in last.itertuples()]
 
-# %% ../nbs/06b_report.ipynb #a4b646f3
+# %% ../nbs/06b_report.ipynb #0f2bd052
 def write_report(
     root:str|os.PathLike, # folder of a study
     path:str|os.PathLike=None, # HTML file; None: report.html in the study's folder
@@ -155,16 +156,16 @@ def write_report(
     table = study_table(root, metric)
     text = readable_table(table)
     accuracy = text[['accuracy','balanced_accuracy','macro_f1']]
-    html = Environment(autoescape=True).from_string(TEMPLATE).render(
-        **_facts(root, metric), forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
-        strips=_pictures(root, table, metric))
+    shown = dict(forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
+                 strips=_pictures(root, table, metric))
+    html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
     path = Path(path or Path(root)/'report.html')
     part = path.with_name(f'.{path.name}.part')
     part.write_text(html, encoding='utf-8')
     os.replace(part, path)
     return path
 
-# %% ../nbs/06b_report.ipynb #16720b2e
+# %% ../nbs/06b_report.ipynb #91948990
 def save_results(
     root:str|os.PathLike, # folder of a study
     folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png
@@ -174,13 +175,13 @@ def save_results(
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     table,runs = study_table(root, metric), complete_runs(root)
     table.to_csv(folder/'table.csv', index=False, float_format='%.9g')
-    about = dict(study=asdict(read_study(root)), metric=metric, missing=missing_runs(root), versions=[json.loads(v) for v in sorted(set(runs.versions.map(json.dumps)))],
-                 processors=sorted(set(runs.processor)), **_levels(runs.folder.iloc[0], metric))
+    about = dict(study=asdict(read_study(root)), metric=metric, missing=missing_runs(root), versions=_distinct(runs.versions),
+                 processors=_distinct(runs.processor), **_levels(runs.folder.iloc[0], metric))
     (folder/'study.json').write_text(json.dumps(about, indent=1)+'\n')
     found = {f'{r.model}/{r.tier}':examples(root, r.model, r.tier, metric) for r in table[table.tier!='linear'].itertuples()}
     scores = {k:[(e.image, e.before, e.after) for e in v] for k,v in found.items()}
     maps = {k:torch.stack([e.maps for e in v]).half() for k,v in found.items()}
-    save_file(maps, folder/'examples.safetensors', metadata=dict(scores=json.dumps(scores)))
+    write_tensors(folder/'examples.safetensors', maps, dict(scores=json.dumps(scores)))
     _forest(table, metric).savefig(folder/'forest.png')
     return folder
 

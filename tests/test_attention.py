@@ -1,6 +1,5 @@
 "Captured attention against independent oracles, and what capturing must leave alone."
-import gc, os
-from pathlib import Path
+import gc
 import peft, pytest, timm, torch, torchvision
 from safetensors.torch import load_file
 from torch import nn
@@ -12,7 +11,6 @@ from ssl_wikichurches.backbones import BACKBONES, Backbone, load_backbone
 
 TINY = [k for k in BACKBONES if k.startswith('tiny-')]
 HUGGING = [k for k in TINY if k!='tiny-supervised']
-DATA = Path(os.environ.get('WIKICHURCHES_TEST_DATA', '/nowhere'))
 TOLERANCE = 1e-6
 
 def images(size=96, n=2, seed=0): return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
@@ -353,12 +351,11 @@ def test_received():
 
 # ---- real weights
 
-@pytest.mark.skipif(not (DATA/'vit_tiny_in1k'/'model.safetensors').exists(), reason='WIKICHURCHES_TEST_DATA does not name a folder with vit_tiny_in1k/model.safetensors')
-def test_real_vit_tiny():
+def test_real_vit_tiny(real):
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor, resize
-    b = load_backbone(f"timm/vit_tiny_patch16_224@{DATA/'vit_tiny_in1k'/'model.safetensors'}")
-    x = torch.stack([resize(pil_to_tensor(Image.open(p).convert('RGB')), (224,224), antialias=True)/255 for p in sorted((DATA/'large').glob('*.jpg'))[:2]])
+    b = load_backbone(f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}")
+    x = torch.stack([resize(pil_to_tensor(Image.open(p).convert('RGB')), (224,224), antialias=True)/255 for p in sorted((real/'large').glob('*.jpg'))[:2]])
     check(b, x)
     maps = pooled_maps(b, x)
     assert maps.shape==(2,12,3,14,14) and maps[:,-1].flatten(-2).max()*196>5 # trained attention is far from even

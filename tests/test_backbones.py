@@ -11,7 +11,6 @@ from ssl_wikichurches.backbones import BACKBONES, HALF, IMAGENET, OPENAI, attent
 
 TINY = [k for k in BACKBONES if k.startswith('tiny-')]
 HUGGING = [k for k in TINY if k!='tiny-supervised']
-WEIGHTS = Path(os.environ.get('WIKICHURCHES_TEST_DATA', '/nowhere'))/'vit_tiny_in1k'/'model.safetensors'
 
 def images(size=96, n=2, seed=0): return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
@@ -325,15 +324,15 @@ def test_registry_is_held_against_what_is_loaded(tmp_path, monkeypatch):
 
 # ---- real weights
 
-@pytest.mark.skipif(not WEIGHTS.exists(), reason='WIKICHURCHES_TEST_DATA does not name a folder with vit_tiny_in1k/model.safetensors')
-def test_real_vit_tiny_calls_a_church_a_church():
+def test_real_vit_tiny_calls_a_church_a_church(real):
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor, resize
-    b = load_backbone(f'timm/vit_tiny_patch16_224@{WEIGHTS}')
+    weights = real/'vit_tiny_in1k/model.safetensors'
+    b = load_backbone(f'timm/vit_tiny_patch16_224@{weights}')
     assert (b.dim, b.depth, b.n_heads, b.spec.n_prefix, b.spec.mean)==(192, 12, 3, 1, (.5,.5,.5))
-    state = load_file(WEIGHTS)
+    state = load_file(weights)
     hits = []
-    for p in sorted((WEIGHTS.parents[1]/'large').glob('*.jpg')):
+    for p in sorted((real/'large').glob('*.jpg')):
         x = resize(pil_to_tensor(Image.open(p).convert('RGB')), (224,224), antialias=True)[None]/255
         hits.append((run(b, x)@state['head.weight'].T+state['head.bias']).topk(5).indices[0].tolist())
     # church 497, dome 538, bell cote 442, monastery 663, palace 698, mosque 668: what a church looks like to ImageNet

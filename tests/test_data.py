@@ -1,6 +1,5 @@
 "Mechanics of `data` and `download`: broken input, label lists, geometry under many draws, real photographs."
-import json, os, shutil, zlib
-from pathlib import Path
+import json, shutil, zlib
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -8,13 +7,6 @@ from torchvision import tv_tensors
 from ssl_wikichurches.data import (GEOMETRIES, STYLES, ChurchDataset, Split, box_mask, boxes_in_view, check_split, class_labels, clip_boxes,
                                    eval_transform, load_split, make_split, open_image, read_churches, save_split, train_transform)
 from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.synthetic import make_churches
-
-@pytest.fixture(scope='module')
-def pristine(tmp_path_factory): return make_churches(tmp_path_factory.mktemp('c')/'set', n=60, n_annotated=12, size=64, seed=1)
-
-@pytest.fixture
-def folder(pristine, tmp_path): return Path(shutil.copytree(pristine, tmp_path/'set'))
 
 def edit(folder, name, change):
     d = json.loads((folder/name).read_text()); change(d); (folder/name).write_text(json.dumps(d))
@@ -83,7 +75,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     Image.new(mode, (8,8)).save(tmp_path/'m.png')
     assert open_image(tmp_path/'m.png').mode=='RGB'
 
-def test_split_is_by_church_stratified_and_seeded(pristine):
+def test_split_is_by_church_stratified_and_seeded(drawn):
     churches = load_churches('synthetic')
     split,y = make_split(churches, seed=3), class_labels(churches)
     assert make_split(churches, seed=3)==split!=make_split(churches, seed=4)
@@ -96,8 +88,8 @@ def test_split_is_by_church_stratified_and_seeded(pristine):
         t,v = (sum(y[n]==c for n in g) for g in (split.train, split.val))
         assert v/(t+v)==pytest.approx(.12, abs=.05)
 
-def test_split_roundtrip_and_leak(tmp_path, pristine):
-    split = make_split(read_churches(pristine), val=.3)
+def test_split_roundtrip_and_leak(tmp_path, drawn):
+    split = make_split(read_churches(drawn), val=.3)
     assert load_split(save_split(split, tmp_path/'s.json'))==split
     leak = Split(split.train+(split.eval[0].replace('_wd0','_wd9'),), split.val, split.eval)
     with pytest.raises(ValueError, match='leaks'): check_split(leak)
@@ -172,8 +164,8 @@ def test_paint_lies_under_its_box_in_fifty_draws_of_the_augmentation(geometry):
         assert painted_iou(train_transform(224, geometry), w, h, box)>=.95
 
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_dataset_keeps_parts_beside_boxes(geometry, pristine):
-    churches = read_churches(pristine)
+def test_dataset_keeps_parts_beside_boxes(geometry, drawn):
+    churches = read_churches(drawn)
     ds = ChurchDataset(churches, churches.boxes.image.unique(), train_transform(48, geometry))
     torch.manual_seed(0)
     for item in ds:
@@ -181,20 +173,14 @@ def test_dataset_keeps_parts_beside_boxes(geometry, pristine):
         assert set(item['parts'])<=set(churches.boxes.part[churches.boxes.image==item['name']])
         assert (item['boxes']>=0).all() and (item['boxes']<=48).all() and (item['boxes'][:,2:]>item['boxes'][:,:2]).all()
 
-def test_boxes_in_view_agrees_with_the_dataset(pristine):
-    churches = read_churches(pristine)
+def test_boxes_in_view_agrees_with_the_dataset(drawn):
+    churches = read_churches(drawn)
     for g in GEOMETRIES:
         items = list(ChurchDataset(churches, churches.boxes.image.unique(), eval_transform(64, g)))
         assert boxes_in_view(churches, 64, g)==dict(boxes=len(churches.boxes), in_view=sum(len(i['boxes']) for i in items), images=len(items), images_in_view=sum(len(i['boxes'])>0 for i in items))
 
 def test_load_churches_refuses_other_words():
     with pytest.raises(FileNotFoundError, match='5166987'): load_churches('wikichurchez')
-
-@pytest.fixture
-def real():
-    root = os.environ.get('WIKICHURCHES_TEST_DATA')
-    if not root: pytest.skip('WIKICHURCHES_TEST_DATA is not set: real photographs are not tested')
-    return Path(root)
 
 def test_real_photographs(real):
     churches = load_churches(real/'photos')

@@ -1,7 +1,5 @@
 "Invariants of the loop and of the three tiers, on tiny backbones and, where present, on a real one."
-import os
 from dataclasses import replace
-from pathlib import Path
 import numpy as np, pytest, torch
 from peft.tuners.lora import LoraLayer
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
@@ -128,11 +126,9 @@ def test_full_fine_tuning_can_learn(data):
                       FullRecipe(epochs=25, lr=1e-3, backbone_lr=1e-3, augment=False, class_weights='none'))
     assert fitted.history.train_loss.iloc[-1]<.5*fitted.history.train_loss.iloc[0]
 
-def test_real_vit_tiny_moves_only_where_it_may():
-    root = os.environ.get('WIKICHURCHES_TEST_DATA')
-    if not root: pytest.skip('WIKICHURCHES_TEST_DATA is not set: real photographs and weights are not tested')
-    source = f"timm/vit_tiny_patch16_224@{Path(root)/'vit_tiny_in1k/model.safetensors'}"
-    churches = load_churches(Path(root)/'photos', verify=False); split = make_split(churches)
+def test_real_vit_tiny_moves_only_where_it_may(real):
+    source = f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}"
+    churches = load_churches(real/'photos', verify=False); split = make_split(churches)
     data = TrainData(churches, replace(split, train=split.train[::40], val=split.val[::10], eval=split.eval[:4]), 224)
     images = next(iter(data.loader('eval')))[0]
     before = pooled_maps(load_backbone(source).requires_grad_(False), images)

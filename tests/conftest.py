@@ -1,0 +1,22 @@
+"What several test files need: a small drawn folder, and the real photographs where the machine has them."
+import os, shutil
+from pathlib import Path
+import pytest
+from ssl_wikichurches.synthetic import make_churches
+
+@pytest.fixture(scope='session')
+def drawn(tmp_path_factory):
+    "Sixty drawn photographs of 64 pixels, twelve of them annotated. Not to be changed."
+    return make_churches(tmp_path_factory.mktemp('drawn')/'set', n=60, n_annotated=12, size=64, seed=1)
+
+@pytest.fixture
+def folder(drawn, tmp_path):
+    "A copy of `drawn` that a test may break."
+    return Path(shutil.copytree(drawn, tmp_path/'set'))
+
+@pytest.fixture(scope='session')
+def real():
+    "Folder with real photographs and real weights."
+    root = os.environ.get('WIKICHURCHES_TEST_DATA')
+    if not root: pytest.skip('WIKICHURCHES_TEST_DATA is not set: real photographs and weights are not tested')
+    return Path(root)

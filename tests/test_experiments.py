@@ -1,0 +1,268 @@
+"Studies that are interrupted, changed, broken or spread over executors."
+import json, re, shutil, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file
+from statsmodels.stats.multitest import multipletests
+from ssl_wikichurches import experiments
+from ssl_wikichurches.cli import compose_study, read_recipes
+from ssl_wikichurches.experiments import (DEMO, Run, Study, complete_runs, execute, load_maps, load_run, load_study, measure,
+                                          missing_runs, read_study, run_study, study_runs, study_scores, study_table)
+from ssl_wikichurches.finetune import StyleModel, predict
+from ssl_wikichurches.report import example_images, examples, load_examples, save_results, write_report
+
+BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
+
+def brief(folder, **changes):
+    return Study(**dict(name='brief', data=str(folder), models=('tiny-clip','tiny-siglip'), size=64, val=.3, recipes=BRIEF)|changes)
+
+def here(study, runs, **kwargs):
+    with ThreadPoolExecutor(1) as pool: return run_study(study, runs, pool, device='cpu', progress=False, **kwargs)
+
+@pytest.fixture(scope='module')
+def done(drawn, tmp_path_factory):
+    "A complete study. Not to be changed."
+    return here(brief(drawn), tmp_path_factory.mktemp('runs'))
+
+@pytest.fixture
+def root(done, tmp_path): return Path(shutil.copytree(done, tmp_path/done.name))
+
+# ---- what a study leaves behind
+
+def test_files_of_a_run(done):
+    assert {p.name for p in done.iterdir() if p.is_dir()}=={r.name for r in study_runs(read_study(done), '')}
+    common = {'recipe.json','maps.safetensors','metrics.parquet','run.json'}
+    for p in done.glob('*/'):
+        assert {f.name for f in p.iterdir()}==common if p.name.endswith('frozen') else common|{'history.csv','model.safetensors'}
+        facts = json.loads((p/'run.json').read_text())
+        assert facts['n_measured']==12 and facts['versions']['torch'] and facts['processor']
+    table = pd.read_parquet(done/'tiny-clip-lora-seed0'/'metrics.parquet')
+    assert not table.duplicated(['image','block','head','metric']).any()
+    assert table.groupby(['block','head','metric']).image.nunique().eq(12).all() and table.block.nunique()==4
+
+def test_table_of_a_study(done):
+    t = study_table(done)
+    assert list(zip(t.model, t.tier))==[(m,k) for m in ('tiny-clip','tiny-siglip') for k in ('linear','lora','full')]
+    linear = t.tier=='linear'
+    assert (t.note[linear]=='identical by construction').all() and (t['shift'][linear]==0).all() and t.p[linear].isna().all()
+    assert (t['shift'][~linear]!=0).all() and t.p_holm[~linear].notna().all() and (t.n==12).all() and t.accuracy.between(0,1).all()
+    for metric,block,head in (('auroc',0,'mean'), ('coverage',-1,'3')): assert len(study_table(done, metric, block, head))==6
+    with pytest.raises(ValueError, match="metric 'iuo'"): study_table(done, 'iuo')
+
+@pytest.mark.parametrize('tier', ['frozen','linear','lora','full'])
+def test_a_run_is_rebuilt_to_the_last_bit(done, tier):
+    folder = done/('tiny-siglip-frozen' if tier=='frozen' else f'tiny-siglip-{tier}-seed0')
+    backbone,classifier = load_run(folder)
+    data,_ = experiments._prepare(Run(**json.loads((folder/'recipe.json').read_text())), done)
+    names,maps,_ = measure(backbone, data)
+    assert names==load_maps(folder)[0] and torch.equal(maps.float(), load_maps(folder)[1])
+    if tier=='frozen': assert classifier is None
+    else:
+        state = load_file(folder/'model.safetensors')
+        assert torch.equal(classifier.weight, state['classifier.weight'])
+        logits,t = predict(StyleModel(backbone, classifier), data.loader('eval'))
+        assert json.loads((folder/'run.json').read_text())['scores']['eval']['accuracy']==pytest.approx((logits.argmax(1)==t).double().mean().item())
+
+def test_metrics_can_be_computed_again_from_the_maps(done):
+    from ssl_wikichurches.data import ChurchDataset, box_mask, eval_transform
+    from ssl_wikichurches.download import load_churches
+    from ssl_wikichurches.metrics import score_maps
+    names,maps = load_maps(done/'tiny-clip-full-seed0')
+    items = ChurchDataset(load_churches(read_study(done).data), names, eval_transform(64))
+    again = score_maps(maps, torch.stack([box_mask(i['boxes'], 64) for i in items]), names)
+    pd.testing.assert_frame_equal(again, pd.read_parquet(done/'tiny-clip-full-seed0'/'metrics.parquet'), check_dtype=False)
+
+# ---- interrupted and started again
+
+def test_only_what_is_missing_runs(root, monkeypatch):
+    before,started = study_table(root), []
+    monkeypatch.setattr(experiments, 'execute', lambda run, *a: started.append(run.name) or execute(run, *a))
+    here(read_study(root), root.parent)
+    assert started==[]
+    for name in ('tiny-clip-lora-seed0','tiny-siglip-full-seed0'): (root/name/'run.json').unlink()
+    shutil.rmtree(root/'tiny-siglip-full-seed0'); (root/'tiny-clip-lora-seed0'/'.maps.safetensors.99999').write_bytes(b'half a fi')
+    assert missing_runs(root)==['tiny-clip-lora-seed0','tiny-siglip-full-seed0']
+    here(read_study(root), root.parent)
+    assert started==['tiny-clip-lora-seed0','tiny-siglip-full-seed0']
+    pd.testing.assert_frame_equal(study_table(root), before, check_exact=True)
+    assert not list(root.glob('*/.*'))
+
+def children(pid):
+    "Processes started by `pid`, and by those."
+    out = subprocess.run(['ps','-e','-o','pid=,ppid='], capture_output=True, text=True).stdout
+    of = {}
+    for line in out.splitlines():
+        a,b = map(int, line.split())
+        of.setdefault(b, []).append(a)
+    found,queue = [],[pid]
+    while queue:
+        more = of.get(queue.pop(), [])
+        found += more; queue += more
+    return found
+
+def alive(pid):
+    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z'
+    except FileNotFoundError: return False
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc, to see whether the workers have ended')
+def test_kill_minus_nine_in_the_middle(drawn, tmp_path):
+    "The process is killed while runs are under way; its workers end themselves, and the same command ends with the same table."
+    command = [str(Path(sys.executable).with_name('wikichurches_study')), '--name', 'killed', '--data', str(drawn), '--models', 'tiny-clip,tiny-mae',
+               '--size', '64', '--val', '.3', '--recipe', 'linear.epochs=2,lora.epochs=4,full.epochs=4', '--runs']
+    process = subprocess.Popen([*command, str(tmp_path/'a')], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    root,stop = tmp_path/'a'/'killed', time.time()+120
+    while len(list(root.glob('*/run.json')))<3 and time.time()<stop: time.sleep(.02)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL); process.wait()
+    finished = {p:p.stat().st_mtime_ns for p in root.glob('*/run.json')}
+    assert 3<=len(finished)<8 and len(workers)>=2
+    stop = time.time()+30
+    while any(map(alive, workers)) and time.time()<stop: time.sleep(.1)
+    assert not [w for w in workers if alive(w)]
+    for runs in ('a','b'): assert subprocess.run([*command, str(tmp_path/runs)], capture_output=True).returncode==0
+    assert all(p.stat().st_mtime_ns==t for p,t in finished.items())
+    pd.testing.assert_frame_equal(study_table(root), study_table(tmp_path/'b'/'killed'), check_exact=True)
+
+def test_a_worker_that_dies_is_named_and_finished_runs_stay(drawn, tmp_path):
+    class Dying(ThreadPoolExecutor):
+        def submit(self, f, run, *args):
+            from concurrent.futures.process import BrokenProcessPool
+            def die(): raise BrokenProcessPool('gone')
+            return super().submit(die if run.tier=='full' else f, *(() if run.tier=='full' else (run, *args)))
+    with Dying(1) as pool, pytest.raises(RuntimeError, match='fewer workers'):
+        run_study(brief(drawn, models=('tiny-clip',)), tmp_path, pool, device='cpu', progress=False)
+    assert missing_runs(tmp_path/'brief')==['tiny-clip-full-seed0']
+
+def test_one_failing_run_does_not_stop_the_others(drawn, tmp_path):
+    study = brief(drawn, models=('tiny-clip','lost=some/folder that is not there'))
+    with pytest.raises(RuntimeError, match='4 of 8 runs failed.*lost-frozen: ValueError'): here(study, tmp_path)
+    assert missing_runs(tmp_path/'brief')==['lost-frozen','lost-linear-seed0','lost-lora-seed0','lost-full-seed0']
+    assert set(study_table(tmp_path/'brief').model)=={'tiny-clip'}
+    assert 'lost-lora-seed0' in write_report(tmp_path/'brief').read_text()
+
+# ---- a folder of something else
+
+def test_another_recipe_is_refused_and_nothing_is_lost(root):
+    before = {p:p.read_bytes() for p in root.rglob('*') if p.is_file()}
+    study = read_study(root)
+    for other in (replace(study, recipes=BRIEF|dict(lora=dict(epochs=3))), replace(study, geometry='crop'), replace(study, size=96)):
+        with pytest.raises(ValueError, match='another recipe'): here(other, root.parent)
+    for other in (replace(study, split_seed=5), replace(study, val=.4)):
+        with pytest.raises(ValueError, match='another split'): here(other, root.parent)
+    assert {p:p.read_bytes() for p in root.rglob('*') if p.is_file()}==before
+
+def test_changed_boxes_are_noticed(folder, tmp_path):
+    study = brief(folder, models=('tiny-clip',), tiers=('linear',))
+    here(study, tmp_path)
+    d = json.loads((folder/'building_parts.json').read_text())
+    next(iter(d['annotations'].values()))['bbox_groups'][0]['elements'][0]['left'] += .01
+    (folder/'building_parts.json').write_text(json.dumps(d))
+    with pytest.raises(ValueError, match='data_key'): here(study, tmp_path)
+
+def test_a_probe_that_was_measured_otherwise_is_noticed(root):
+    path = root/'tiny-clip-linear-seed0'/'metrics.parquet'
+    d = pd.read_parquet(path)
+    d.assign(value=d.value+1e-7).to_parquet(path)
+    with pytest.raises(ValueError, match='not measured alike'): study_table(root)
+
+def test_a_checkpoint_of_another_model_is_refused(root):
+    shutil.copy(root/'tiny-clip-full-seed0'/'model.safetensors', root/'tiny-siglip-full-seed0'/'model.safetensors')
+    with pytest.raises(ValueError, match='not of tiny-siglip'): load_run(root/'tiny-siglip-full-seed0')
+    with pytest.raises(FileNotFoundError, match='no complete run'): load_run(root)
+
+def test_runs_that_the_study_does_not_name_are_left_out(root):
+    shutil.copytree(root/'tiny-clip-lora-seed0', root/'tiny-clip-lora-seed7')
+    before = study_table(root)
+    assert len(complete_runs(root))==8 and (before.seeds==1).all()
+    (root/'study.json').write_text(json.dumps(asdict(replace(read_study(root), models=('tiny-clip',)))))
+    after = study_table(root)
+    tested = after[after.tier!='linear']
+    assert set(after.model)=={'tiny-clip'} and np.allclose(tested.p_holm, multipletests(tested.p, method='holm')[1]) # a family of two
+
+def test_truncated_photographs(folder, tmp_path):
+    victims = sorted((folder/'images').iterdir())[:2]
+    for v in victims: v.write_bytes(v.read_bytes()[:200])
+    study = brief(folder, models=('tiny-clip',), tiers=('linear',))
+    with pytest.raises(OSError, match=f'2 of 60.*{victims[0].name}'): here(study, tmp_path)
+    assert not (tmp_path/'brief').exists()
+    root = here(replace(study, on_error='skip'), tmp_path)
+    split = json.loads((root/'split.json').read_text())
+    assert not {v.name for v in victims}&{*split['train'], *split['val'], *split['eval']}
+
+# ---- seeds, other executors, other geometries
+
+def test_seeds_are_averaged_and_counted(drawn, tmp_path):
+    study = brief(drawn, models=('tiny-clip',), tiers=('lora',), seeds=(0,3))
+    root = here(study, tmp_path)
+    t,scores = study_table(root), study_scores(root)
+    assert t.seeds.tolist()==[2] and t.n.tolist()==[12] and t['shift'].item()==pytest.approx((scores.after-scores.before).mean())
+    assert not torch.equal(load_maps(root/'tiny-clip-lora-seed0')[1], load_maps(root/'tiny-clip-lora-seed3')[1])
+    here(replace(study, seeds=(0,3,4)), tmp_path) # more seeds later
+    assert study_table(root).seeds.tolist()==[3]
+
+def test_default_executor_equals_one_process(done, drawn, tmp_path):
+    root = run_study(brief(drawn), tmp_path, workers=2, device='cpu', progress=False)
+    a,b = study_table(root), study_table(done)
+    linear = a.tier=='linear'
+    assert (a['shift'][linear]==0).all()
+    pd.testing.assert_frame_equal(a[['model','tier','before']], b[['model','tier','before']], check_exact=True) # measured alike
+    pd.testing.assert_frame_equal(a[['shift']], b[['shift']], atol=.02) # trained with another number of threads
+
+@pytest.mark.parametrize('geometry', ['crop','letterbox'])
+def test_geometries(drawn, tmp_path, geometry):
+    root = here(brief(drawn, models=('tiny-clip',), tiers=('linear',), geometry=geometry), tmp_path)
+    assert study_table(root)['shift'].item()==0 and geometry in write_report(root).read_text()
+
+# ---- studies as data
+
+@pytest.mark.parametrize('bad,match', [
+    (dict(tiers=('lorra',)), 'known are linear, lora, full'), (dict(models=()), 'at least one'), (dict(seeds=(0,0)), 'none twice'),
+    (dict(models=('a/b',)), 'alias=source'), (dict(models=('x=a','x=b')), 'share a name'), (dict(name='../x'), 'names a folder'), (dict(name='.x'), 'names a folder'),
+    (dict(geometry='stretch'), 'squash'), (dict(labels='all'), 'leaf'), (dict(on_error='ignore'), 'raise'), (dict(recipes=dict(lora=dict(rnk=1))), 'rnk'),
+    (dict(recipes=dict(lor=dict(rank=1))), "unknown tier 'lor'"), (dict(seeds=('0',)), "seed '0'"), (dict(seeds=(-1,)), 'seed -1')])
+def test_bad_studies(bad, match):
+    with pytest.raises(ValueError, match=match): Study(**bad)
+
+@pytest.mark.parametrize('text,match', [('modls = ["x"]', "unknown field 'modls'"), ('models = "tiny-clip"', 'models must be a list'), ('name = [', 'not valid TOML'),
+                                        ('size = "96"', 'size must be int'), ('[recipes.lora]\nrank = "8"', 'rank of LoraRecipe must be int')])
+def test_bad_study_files(text, match, tmp_path):
+    (tmp_path/'s.toml').write_text(text)
+    with pytest.raises(ValueError, match=match): load_study(tmp_path/'s.toml')
+    with pytest.raises(FileNotFoundError, match='no study file'): load_study(tmp_path/'t.toml')
+
+def test_flags_change_the_file(tmp_path):
+    (tmp_path/'s.toml').write_text('name = "s"\nmodels = ["mae"]\ntiers = ["lora"]\n[recipes.lora]\nrank = 2\nlr = 1e-3\n')
+    s = compose_study(tmp_path/'s.toml', 'lora.rank=4,full.clip=0', geometry='crop', seeds='1, 2')
+    assert s==Study('s', models=('mae',), tiers=('lora',), seeds=(1,2), geometry='crop', recipes=dict(lora=dict(rank=4, lr=1e-3), full=dict(clip=0)))
+    assert compose_study()==DEMO and compose_study(models='mae').recipes=={} and compose_study(tiers='lora').recipes==DEMO.recipes
+    for bad in ('rank=2', 'lora.rank', 'lora'):
+        with pytest.raises(ValueError, match='tier.field=value'): read_recipes(bad)
+
+# ---- reports and result files
+
+def test_report_stands_alone(done, tmp_path):
+    html = write_report(done, tmp_path/'r.html').read_text()
+    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<img')==1+2 and 'identical by construction' in html
+    for word in ('tiny-siglip','12 held-out images of 12 churches','Holm','backbone_lr','torch '): assert word in html
+
+def test_names_from_outside_cannot_break_the_page(folder, tmp_path):
+    odd = tmp_path/'a<b>&c'
+    shutil.move(folder, odd)
+    html = write_report(here(brief(odd, models=('tiny-clip',), tiers=('linear',)), tmp_path)).read_text()
+    assert 'a&lt;b&gt;&amp;c' in html and 'a<b>' not in html
+
+def test_result_files(done, tmp_path):
+    folder = save_results(done, tmp_path/'small')
+    saved = pd.read_csv(folder/'table.csv')
+    pd.testing.assert_frame_equal(saved[['model','tier','n','shift','p_holm']], study_table(done)[['model','tier','n','shift','p_holm']], rtol=1e-6)
+    about = json.loads((folder/'study.json').read_text())
+    assert about['study']['name']=='brief' and about['versions'][0]['torch'] and about['missing']==[] and 0<about['chance']<about['ceiling']<=1
+    for a,b in zip(load_examples(folder, 'tiny-clip', 'full'), examples(done, 'tiny-clip', 'full')):
+        assert a.image==b.image and a.before==b.before and torch.equal(a.maps, b.maps.half().float())
+    assert (folder/'forest.png').read_bytes()[:4]==b'\x89PNG' and sum(p.stat().st_size for p in folder.iterdir())<200_000
+
+def test_examples_are_chosen_by_rule():
+    scores = pd.DataFrame(dict(image=list('abcdef'), before=0., after=[.1,-.2,.3,0,.2,.05]))
+    assert example_images(scores)==['b','f','c'] and example_images(scores[:2])==['b','a'] and example_images(scores[:1])==['a']

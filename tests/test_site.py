@@ -1,0 +1,94 @@
+"The site up to Quarto, which only warns of what is dead: navigation, links and cross-references."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest, yaml
+
+ROOT = Path(__file__).parent.parent
+NBS = ROOT/'nbs'
+NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
+
+def leaves(contents):
+    for c in contents:
+        if isinstance(c, str): yield c
+        else: yield from leaves(c['contents'])
+
+def test_navigation_lists_every_notebook_once():
+    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']
+    listed = list(leaves(site['sidebar']['contents']))
+    assert sorted(listed)==sorted(p.name for p in NOTEBOOKS)
+    for item in site['navbar']['left']+site['navbar']['right']:
+        assert item['href'].startswith('http') or (NBS/item['href']).exists()
+
+def test_one_quarto_configuration():
+    link = NBS/'_quarto.yml'
+    assert link.is_symlink() and os.readlink(link)=='../_quarto.yml'
+    theme = yaml.safe_load(link.read_text())['format']['html']['theme']
+    assert all((NBS/t).exists() for t in theme if t.endswith('css'))
+
+def anchors(text):
+    "Ids that Quarto gives to the headings and labels of a page."
+    slug = lambda h: re.sub(r'[^\w\s.-]', '', re.sub(r'[`*]', '', h).lower()).strip().replace(' ', '-')
+    return {slug(h) for h in re.findall(r'^#+ +(.+?)(?: *\{.*\})?$', text, re.M)} | set(re.findall(r'\{#([\w-]+)', text))
+
+def pages(folder): # page -> markdown (of cells, and of outputs such as nbdev's entries of functions) and code of it
+    out = {}
+    for p in sorted(folder.glob('*.ipynb')):
+        d = json.loads(p.read_text())
+        written = [c['source'] for c in d['cells'] if c['cell_type'] in ('markdown','raw')]
+        shown = [o.get('data', {}).get('text/markdown', '') for c in d['cells'] for o in c.get('outputs', [])]
+        out[p.name] = '\n\n'.join(map(''.join, written+shown)), '\n'.join(''.join(c['source']) for c in d['cells'] if c['cell_type']=='code')
+    return out
+
+def dead(folder, site_url):
+    "Links and cross-references of a folder of notebooks that lead nowhere."
+    found,wrong = pages(folder),[]
+    file_of = {re.search(r'^output-file: *(\S+)', md, re.M).group(1) if 'output-file:' in md else n.replace('.ipynb','.html'): n for n,(md,_) in found.items()}
+    labels = {l for md,code in found.values() for l in re.findall(r'^#\| *label: *(\S+)', code, re.M)+re.findall(r'\{#((?:fig|tbl|sec|eq)-[\w-]+)', md)}
+    for name,(md,_) in found.items():
+        prose = re.sub(r'```.*?```|`[^`\n]*`', '', md, flags=re.S)
+        for target in re.findall(r'\]\(<?([^)\s>]+)', md)+re.findall(r'href="([^"]+)"', md):
+            if target.startswith(site_url): target = target[len(site_url):].lstrip('/')
+            if re.match(r'(https?|mailto|data):', target): continue
+            page,_,anchor = target.partition('#')
+            page = file_of.get(page, page) or name
+            if page not in found and not (folder/page).exists(): wrong.append((name, target))
+            elif anchor and page in found and anchor not in anchors(found[page][0]): wrong.append((name, target))
+        wrong += [(name, '@'+ref) for ref in re.findall(r'(?<![\w@])@((?:fig|tbl|sec|eq)-[\w-]+)', prose) if ref not in labels]
+    return wrong
+
+def test_links_of_the_sources(): assert not dead(NBS, 'https://ssl-wikichurches.github.io/ssl_wikichurches')
+
+def test_a_dead_link_would_be_found(tmp_path):
+    def page(name, text): (tmp_path/name).write_text(json.dumps(dict(cells=[dict(cell_type='markdown', source=[text])])))
+    page('a.ipynb', '# A\n\n## A section\n\nSee [b](b.ipynb#there), [here](#a-section), @fig-none, [gone](gone.ipynb), [far](https://example.org)')
+    page('b.ipynb', '# B\n\n## Here')
+    assert dead(tmp_path, 'https://site')==[('a.ipynb','b.ipynb#there'), ('a.ipynb','gone.ipynb'), ('a.ipynb','@fig-none')]
+
+@pytest.fixture(scope='module')
+def processed(tmp_path_factory):
+    "The pages as nbdev hands them to Quarto: made in a copy, with a stand-in for Quarto that notes how it was called."
+    home = tmp_path_factory.mktemp('site')
+    for name in ('nbs','ssl_wikichurches','settings.ini','_quarto.yml','README.md','results'):
+        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
+        else: shutil.copy(ROOT/name, home/name)
+    (home/'bin').mkdir()
+    (home/'bin/quarto').write_text('#!/bin/sh\necho "$PWD quarto $*" >> "$QUARTO_CALLS"\nmkdir -p _docs\n')
+    (home/'bin/quarto').chmod(0o755)
+    env = os.environ|dict(PATH=f"{home/'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", QUARTO_CALLS=str(home/'calls'))
+    done = subprocess.run(['nbdev_docs','--n_workers','2'], cwd=home, env=env, capture_output=True, text=True)
+    assert done.returncode==0, done.stdout+done.stderr
+    return home
+
+def test_nbdev_hands_every_page_to_quarto(processed):
+    calls = (processed/'calls').read_text()
+    assert 'quarto render --no-cache' in calls
+    assert sorted(p.name for p in (processed/'_proc').glob('*.ipynb'))==[p.name for p in NOTEBOOKS]
+    made = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())
+    assert made['project']['output-dir']=='_docs' and made['website']['title']=='ssl_wikichurches'
+    assert yaml.safe_load((processed/'_proc'/'_quarto.yml').read_text())==yaml.safe_load((ROOT/'_quarto.yml').read_text())
+
+def test_links_of_the_pages(processed):
+    "Also those that nbdev made of names in backticks."
+    url = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())['website']['site-url']
+    assert any(url in md for md,_ in pages(processed/'_proc').values())
+    assert not dead(processed/'_proc', url)
