@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_errors', 'read_recipes', 'compose_study', 'wikichurches_study', 'wikichurches_report']
 
-# %% ../nbs/07_cli.ipynb #501d2837
+# %% ../nbs/07_cli.ipynb #b090aa9e
 import tomllib
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +15,7 @@ from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .report import save_results, write_report
 
-# %% ../nbs/07_cli.ipynb #910cbc6e
+# %% ../nbs/07_cli.ipynb #667d05f5
 @contextmanager
 def plain_errors(
     command:str, # its name, before the message
@@ -24,7 +24,7 @@ def plain_errors(
     try: yield
     except (OSError, RuntimeError, ValueError) as e: raise SystemExit(f'{command}: {e}') from None
 
-# %% ../nbs/07_cli.ipynb #5e1ffc00
+# %% ../nbs/07_cli.ipynb #a5f6915c
 def read_recipes(
     text:str, # 'tier.field=value' with commas between; '' for none
 )->dict: # tier -> {field: value}
@@ -38,7 +38,7 @@ def read_recipes(
         except tomllib.TOMLDecodeError: recipes.setdefault(tier, {})[field] = value.strip() # a word
     return recipes
 
-# %% ../nbs/07_cli.ipynb #73f0d7ff
+# %% ../nbs/07_cli.ipynb #f7cd2ee1
 def compose_study(
     file:str=None, # TOML file of `load_study`
     recipe:str='', # see `read_recipes`; joins what the file says
@@ -54,7 +54,7 @@ def compose_study(
     for tier,changes in read_recipes(recipe).items(): recipes[tier] = recipes.get(tier, {})|changes
     return replace(base, recipes=recipes, **given)
 
-# %% ../nbs/07_cli.ipynb #c79bf76b
+# %% ../nbs/07_cli.ipynb #3aa7de00
 @call_parse
 def wikichurches_study(
     file:Param('TOML file with the fields of a study; flags change it', str, opt=False, nargs='?')=None,
@@ -82,7 +82,7 @@ def wikichurches_study(
         print(readable_table(study_table(root)).to_string())
         print(f'\nreport: {write_report(root)}')
 
-# %% ../nbs/07_cli.ipynb #49ede949
+# %% ../nbs/07_cli.ipynb #fdd60503
 @call_parse
 def wikichurches_report(
     root:str, # folder of a study

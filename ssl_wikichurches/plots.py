@@ -52,6 +52,8 @@ def show_overlay(
     return ax
 
 # %% ../nbs/02c_plots.ipynb #83d6f875
+def _end(values): return torch.quantile(values.float(), .98).item() # where a color scale ends
+
 def before_after_strip(
     image:torch.Tensor, # (3, s, s) in [0, 1]
     before:torch.Tensor, # (g, g)
@@ -64,11 +66,10 @@ def before_after_strip(
     if before.shape!=after.shape:
         raise ValueError(f"before is {tuple(before.shape)}, after is {tuple(after.shape)}: maps of one model have one shape")
     if axs is None: axs = plt.subplots(1, 4, figsize=(8,2.2), dpi=80, layout='constrained')[1]
-    both = torch.stack([before, after])
-    diff = after-before
-    top = diff.abs().max().item() or 1e-12
+    both,diff = torch.stack([before, after]), after-before
+    high,top = _end(both), _end(diff.abs()) or 1e-12
     show_overlay(image, None, boxes, axs[0])
-    for ax,m in zip(axs[1:], both): show_overlay(image, m, boxes, ax, both.min().item(), both.max().item())
+    for ax,m in zip(axs[1:], both): show_overlay(image, m, boxes, ax, both.min().item(), high)
     show_overlay(image, diff, boxes, axs[3], -top, top, cmap='RdBu_r')
     for ax,t in zip(axs, titles): ax.set_title(t, fontsize=9)
     return axs
@@ -91,7 +92,7 @@ def forest_plot(
         if np.isfinite([r.low,r.high]).all(): ax.plot([r.low,r.high], [y,y], color=color, lw=1.5)
         ax.plot(r.shift, y, color=color, ms=6, **_marker(r.tier, color))
     ax.set_yticks(range(len(table)), [f'{r.model}  {r.tier}' for r in table.itertuples()], fontsize=8)
-    ax.invert_yaxis(); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=6)
+    ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=6)
     ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t+' (zero by construction)'*(t=='linear'), **_marker(t, 'gray'))
                        for t in dict.fromkeys(table.tier)], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax

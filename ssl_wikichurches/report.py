@@ -55,7 +55,7 @@ def examples(
     folders,by_image = (Path(root)/f'{model}-frozen', run.folder), scores.set_index('image')[['before','after']]
     return [Example(n, torch.stack([_mean_map(f, n) for f in folders]), *by_image.loc[n]) for n in example_images(scores)]
 
-# %% ../nbs/06b_report.ipynb #31f44876
+# %% ../nbs/06b_report.ipynb #dcb71d83
 def _picture(fig, kind, **kwargs): # bytes of a PNG or JPEG file
     data = io.BytesIO()
     fig.savefig(data, format=kind, **kwargs)
@@ -81,7 +81,7 @@ TEMPLATE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>
 body{font:16px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;font-size:13px} img{max-width:100%} .wide{overflow-x:auto} .note{color:#555;font-size:14px}
 td,th{padding:.25em .6em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-th:first-child,tbody th,td:last-child{text-align:left;vertical-align:top} td:last-child{white-space:normal} .missing{background:#fff3cd;padding:.5em 1em}
+th:first-child,tbody th,.shift td:last-child{text-align:left;vertical-align:top} .shift td:last-child{white-space:normal} .missing{background:#fff3cd;padding:.5em 1em}
 </style></head><body>
 <h1>Does fine-tuning move attention towards the experts' boxes?</h1>
 <p>Study <b>{{ study.name }}</b> on <b>{{ study.data }}</b>: {{ n_images }} held-out images of {{ n_churches }} churches,
@@ -92,7 +92,7 @@ say whether the instrument works, not what real models do.</p>{% endif %}
 {% if missing %}<p class="missing"><b>Not complete:</b> {{ missing|length }} runs are missing, and p_holm covers only the rows below.
 {{ missing|join(', ') }}</p>{% endif %}
 <h2>Shift</h2><img alt="Forest plot of the shift by model and tier" src="{{ forest }}">
-<div class="wide">{{ table }}</div>
+<div class="wide shift">{{ table }}</div>
 <p class="note">Intervals: BCa bootstrap over churches, 95 %. p: paired t-test, two-sided; p_holm: Holm over all rows except <i>linear</i>, whose
 shift is zero by construction and was checked to be exactly zero. d_z and d_av carry Hedges' correction. Blind choice of pixels would score
 {{ '%.3f'|format(chance) }} and no map could score above {{ '%.3f'|format(ceiling) }}, on average over images.</p>
@@ -100,13 +100,14 @@ shift is zero by construction and was checked to be exactly zero. d_z and d_av c
 <p class="note">Means over seeds. Always naming the most frequent style of these images would give an accuracy of
 {{ '%.3f'|format(majority) }} and a balanced accuracy of 0.25.</p>
 <h2>Before and after</h2><p class="note">For each model: the images with the smallest, the median and the largest shift. Maps of the last block,
-mean over heads; the two maps of a row share one scale, the last panel is their difference (red: more attention than before).</p>
+mean over heads; the two maps of a row share one scale, the last panel is their difference (red: more attention than before). Colors end at
+the 98th percentile.</p>
 {% for name,img in strips %}<h3>{{ name }}</h3><img alt="Attention before and after, {{ name }}" src="{{ img }}">{% endfor %}
 <h2>Recipe</h2><div class="wide">{{ recipes }}</div>
 <p class="note">{{ split }} images for training, validation and evaluation; no church is in two of them.</p>
 <h2>Versions</h2><p class="note">{% for v in versions %}{{ v }}<br>{% endfor %}</p></body></html>"""
 
-# %% ../nbs/06b_report.ipynb #faf2618f
+# %% ../nbs/06b_report.ipynb #c261e454
 def _embed(fig, kind='png'): return f'data:image/{kind};base64,'+base64.b64encode(_picture(fig, kind)).decode()
 
 def _forest(table, metric):
@@ -146,7 +147,7 @@ def _pictures(root, table, metric):
     last = table[table.tier!='linear'].drop_duplicates('model', keep='last')
     return [(f'{r.model}, {r.tier}', _embed(draw(r), 'jpeg')) for r in last.itertuples()]
 
-# %% ../nbs/06b_report.ipynb #0f2bd052
+# %% ../nbs/06b_report.ipynb #7d6c616e
 def write_report(
     root:str|os.PathLike, # folder of a study
     path:str|os.PathLike=None, # HTML file; None: report.html in the study's folder
@@ -165,7 +166,7 @@ def write_report(
     os.replace(part, path)
     return path
 
-# %% ../nbs/06b_report.ipynb #91948990
+# %% ../nbs/06b_report.ipynb #b3fad4c6
 def save_results(
     root:str|os.PathLike, # folder of a study
     folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png

@@ -356,6 +356,6 @@ def test_real_vit_tiny(real):
     from torchvision.transforms.v2.functional import pil_to_tensor, resize
     b = load_backbone(f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}")
     x = torch.stack([resize(pil_to_tensor(Image.open(p).convert('RGB')), (224,224), antialias=True)/255 for p in sorted((real/'large').glob('*.jpg'))[:2]])
-    check(b, x)
     maps = pooled_maps(b, x)
+    check(b.double(), x.double()) # its weights reach 1, where float32 rounds by more than the tolerance over twelve blocks
     assert maps.shape==(2,12,3,14,14) and maps[:,-1].flatten(-2).max()*196>5 # trained attention is far from even
