@@ -6,7 +6,7 @@ study: .venv/installed
 	$(BIN)/wikichurches_study
 
 test: .venv/installed
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -q tests
 
 .venv/installed: settings.ini setup.py

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['plain_errors', 'read_recipes', 'compose_study', 'wikichurches_study', 'wikichurches_report']
 
-# %% ../nbs/07_cli.ipynb #b090aa9e
+# %% ../nbs/07_cli.ipynb #03f8413b
 import tomllib
 from contextlib import contextmanager
 from dataclasses import replace
 from fastcore.script import Param, call_parse
-from .experiments import DEMO, Study, load_study, run_study, study_table
+from .experiments import DEMO, Study, load_study, run_study
 from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .report import save_results, write_report
+from .results import study_table
 
-# %% ../nbs/07_cli.ipynb #667d05f5
+# %% ../nbs/07_cli.ipynb #c239b70b
 @contextmanager
 def plain_errors(
     command:str, # its name, before the message
@@ -24,7 +25,7 @@ def plain_errors(
     try: yield
     except (OSError, RuntimeError, ValueError) as e: raise SystemExit(f'{command}: {e}') from None
 
-# %% ../nbs/07_cli.ipynb #a5f6915c
+# %% ../nbs/07_cli.ipynb #4664781c
 def read_recipes(
     text:str, # 'tier.field=value' with commas between; '' for none
 )->dict: # tier -> {field: value}
@@ -38,7 +39,7 @@ def read_recipes(
         except tomllib.TOMLDecodeError: recipes.setdefault(tier, {})[field] = value.strip() # a word
     return recipes
 
-# %% ../nbs/07_cli.ipynb #f7cd2ee1
+# %% ../nbs/07_cli.ipynb #379a4a75
 def compose_study(
     file:str=None, # TOML file of `load_study`
     recipe:str='', # see `read_recipes`; joins what the file says
@@ -54,7 +55,7 @@ def compose_study(
     for tier,changes in read_recipes(recipe).items(): recipes[tier] = recipes.get(tier, {})|changes
     return replace(base, recipes=recipes, **given)
 
-# %% ../nbs/07_cli.ipynb #3aa7de00
+# %% ../nbs/07_cli.ipynb #90c1bf45
 @call_parse
 def wikichurches_study(
     file:Param('TOML file with the fields of a study; flags change it', str, opt=False, nargs='?')=None,
@@ -82,7 +83,7 @@ def wikichurches_study(
         print(readable_table(study_table(root)).to_string())
         print(f'\nreport: {write_report(root)}')
 
-# %% ../nbs/07_cli.ipynb #fdd60503
+# %% ../nbs/07_cli.ipynb #23380837
 @call_parse
 def wikichurches_report(
     root:str, # folder of a study

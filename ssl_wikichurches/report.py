@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from .data import ChurchDataset, Churches, boxes_in_view, class_labels, eval_transform
 from .download import load_churches
-from .experiments import complete_runs, load_maps, missing_runs, read_study, study_scores, study_table, write_tensors
+from .experiments import load_maps, write_tensors
 from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot
+from .results import complete_runs, missing_runs, read_study, study_scores, study_table
 
 # %% ../nbs/06b_report.ipynb #01a99f9e
 def example_images(
@@ -55,7 +56,7 @@ def examples(
     folders,by_image = (Path(root)/f'{model}-frozen', run.folder), scores.set_index('image')[['before','after']]
     return [Example(n, torch.stack([_mean_map(f, n) for f in folders]), *by_image.loc[n]) for n in example_images(scores)]
 
-# %% ../nbs/06b_report.ipynb #dcb71d83
+# %% ../nbs/06b_report.ipynb #fe4eb5ae
 def _picture(fig, kind, **kwargs): # bytes of a PNG or JPEG file
     data = io.BytesIO()
     fig.savefig(data, format=kind, **kwargs)
@@ -107,7 +108,7 @@ the 98th percentile.</p>
 <p class="note">{{ split }} images for training, validation and evaluation; no church is in two of them.</p>
 <h2>Versions</h2><p class="note">{% for v in versions %}{{ v }}<br>{% endfor %}</p></body></html>"""
 
-# %% ../nbs/06b_report.ipynb #c261e454
+# %% ../nbs/06b_report.ipynb #bfeba40b
 def _embed(fig, kind='png'): return f'data:image/{kind};base64,'+base64.b64encode(_picture(fig, kind)).decode()
 
 def _forest(table, metric):
@@ -147,7 +148,7 @@ def _pictures(root, table, metric):
     last = table[table.tier!='linear'].drop_duplicates('model', keep='last')
     return [(f'{r.model}, {r.tier}', _embed(draw(r), 'jpeg')) for r in last.itertuples()]
 
-# %% ../nbs/06b_report.ipynb #7d6c616e
+# %% ../nbs/06b_report.ipynb #176d9383
 def write_report(
     root:str|os.PathLike, # folder of a study
     path:str|os.PathLike=None, # HTML file; None: report.html in the study's folder
@@ -166,7 +167,7 @@ def write_report(
     os.replace(part, path)
     return path
 
-# %% ../nbs/06b_report.ipynb #b3fad4c6
+# %% ../nbs/06b_report.ipynb #8a75bdb6
 def save_results(
     root:str|os.PathLike, # folder of a study
     folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png

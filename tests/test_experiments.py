@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches import experiments
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.experiments import (DEMO, Run, Study, complete_runs, execute, load_maps, load_run, load_study, measure,
-                                          missing_runs, read_study, run_study, study_runs, study_scores, study_table)
+from ssl_wikichurches.experiments import DEMO, Run, Study, execute, load_maps, load_study, measure, run_study, study_runs
 from ssl_wikichurches.finetune import StyleModel, predict
 from ssl_wikichurches.report import example_images, examples, load_examples, save_results, write_report
+from ssl_wikichurches.results import complete_runs, load_run, missing_runs, read_study, study_scores, study_table
 
 BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
 
