@@ -7,9 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, CLIPConfig, CLIPModel, Dinov2WithRegistersForImageClassification, SiglipConfig, SiglipModel,
                           ViTMAEForPreTraining)
 from ssl_wikichurches import backbones
-from ssl_wikichurches.backbones import BACKBONES, HALF, IMAGENET, OPENAI, attention_projections, load_backbone, save_backbone
+from ssl_wikichurches.backbones import BACKBONES, HALF, IMAGENET, OPENAI, TINY, attention_projections, load_backbone, save_backbone
 
-TINY = [k for k in BACKBONES if k.startswith('tiny-')]
 HUGGING = [k for k in TINY if k!='tiny-supervised']
 
 def images(size=96, n=2, seed=0): return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from peft.tuners.lora import LoraLayer
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from ssl_wikichurches.attention import pooled_maps
-from ssl_wikichurches.backbones import BACKBONES, load_backbone
+from ssl_wikichurches.backbones import TINY, load_backbone
 from ssl_wikichurches.data import make_split
 from ssl_wikichurches.download import load_churches
 from ssl_wikichurches.experiments import TIERS
@@ -13,7 +13,6 @@ from ssl_wikichurches.finetune_full import FullRecipe, fit_full
 from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear
 from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora, merge_adapters
 
-TINY = [n for n in BACKBONES if n.startswith('tiny-')]
 
 @pytest.fixture(scope='module')
 def data():
