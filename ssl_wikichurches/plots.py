@@ -21,10 +21,10 @@ TIER_MARKERS = dict(frozen='.', linear='s', lora='o', full='D')
 BOX_COLOR = '#00E5FF'
 
 def model_color(
-    name:str, # of a model; 'tiny-' is ignored
+    name:str, # of a model; 'tiny-' and '-random' are ignored
 )->str: # hexadecimal color
     "Color of a model; an unknown name gets one of the seven, always the same."
-    known = name.removeprefix('tiny-')
+    known = name.removeprefix('tiny-').removesuffix('-random')
     return MODEL_COLORS.get(known) or list(MODEL_COLORS.values())[zlib.crc32(known.encode())%len(MODEL_COLORS)]
 
 # %% ../nbs/02c_plots.ipynb #774bf11d
