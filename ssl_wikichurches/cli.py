@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from fastcore.script import Param, call_parse
 from .backbones import TINY
+from .download import synthetic_folder
 from .experiments import DEMO, Study, load_study, run_study
 from .iou_stats import readable_table
 from .metrics import PRIMARY
-from .probe import probe_churches, probe_table
+from .probe import probe_churches, probe_table, window_table
 from .report import save_results, write_report
 from .results import study_table
 from .shortcut import shortcut_table
 from .tiny import make_tiny
+from .views import load_photographs
 
 # %% ../nbs/07_cli.ipynb #c239b70b
 @contextmanager
@@ -102,7 +104,7 @@ def wikichurches_report(
         print(f'report: {write_report(root, out, metric)}')
         if results: print(f'result files: {save_results(root, results, metric)}')
 
-# %% ../nbs/07_cli.ipynb #d578771c
+# %% ../nbs/07_cli.ipynb #e2b510aa
 @call_parse
 def wikichurches_pretrain_tiny(
     family:str, # dinov2, dinov3, mae, clip, siglip, siglip2 or supervised
@@ -114,13 +116,16 @@ def wikichurches_pretrain_tiny(
 
 @call_parse
 def wikichurches_probe_tiny(
-    out:str='results/tiny', # folder for probe.csv and shortcut.csv
+    out:str='results/tiny', # folder of the three tables that are written
     n:int=4000, # churches for the probes; one half trains them
     trap:int=1600, # photographs of each kind of evidence, for the shortcut
 ):
     "Probe the toy encoders and their untrained twins for style, and test a fine-tuned one for a shortcut."
     with plain_errors('wikichurches_probe_tiny'):
         (folder := Path(out)).mkdir(parents=True, exist_ok=True)
-        probe_table([*TINY, *(f'{k}-random' for k in TINY)], *probe_churches(n), print).round(4).to_csv(folder/'probe.csv')
+        toys = [*TINY, *(f'{k}-random' for k in TINY)]
+        probe_table(toys, *probe_churches(n), print).round(4).to_csv(folder/'probe.csv')
+        photos = load_photographs(synthetic_folder('synthetic', n=n//4, n_annotated=0, several=0., seed=2))
+        window_table(toys, photos, print).round(4).to_csv(folder/'windows.csv')
         shortcut_table(n=trap, progress=print).round(4).to_csv(folder/'shortcut.csv')
-        print(f'result files: {folder}/probe.csv, {folder}/shortcut.csv')
+        print(f'result files: probe.csv, windows.csv and shortcut.csv in {folder}')
