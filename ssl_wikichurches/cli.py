@@ -104,7 +104,7 @@ def wikichurches_report(
         print(f'report: {write_report(root, out, metric)}')
         if results: print(f'result files: {save_results(root, results, metric)}')
 
-# %% ../nbs/07_cli.ipynb #e2b510aa
+# %% ../nbs/07_cli.ipynb #6a7bad65
 @call_parse
 def wikichurches_pretrain_tiny(
     family:str, # dinov2, dinov3, mae, clip, siglip, siglip2 or supervised

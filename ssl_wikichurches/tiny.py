@@ -8,7 +8,7 @@ __all__ = ['PRETRAINING', 'TASKS', 'DEVIATIONS', 'only_patches', 'encode', 'sinc
            'gram_distance', 'Distillation', 'Labels', 'Pretraining', 'pretraining_of', 'one_thread', 'pretrain',
            'write_card', 'make_tiny']
 
-# %% ../nbs/01a_tiny.ipynb #26adb79f
+# %% ../nbs/01a_tiny.ipynb #5565d3dc
 import copy, hashlib, math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from .download import synthetic_folder
 from .synthetic import GENERATOR_VERSION
 from .views import CAPTION_LENGTH, PARTS, WORDS, Photographs, caption, load_photographs, parts_in_view, views, windows
 
-# %% ../nbs/01a_tiny.ipynb #9aa40647
+# %% ../nbs/01a_tiny.ipynb #307c8b8d
 @contextmanager
 def only_patches(
     backbone:Backbone, # of a transformers or timm family
@@ -55,7 +55,7 @@ def encode(
     with only_patches(backbone, patches): out = backbone.model(x, **inputs)
     return (out,None) if spec.family=='timm' else (out.pooler_output, out.last_hidden_state[:,spec.n_prefix:])
 
-# %% ../nbs/01a_tiny.ipynb #143c5c1c
+# %% ../nbs/01a_tiny.ipynb #848a147d
 def sincos_positions(
     grid:int, # patches per side
     dim:int, # a multiple of 4
@@ -121,7 +121,7 @@ class Optimizer:
         loss.backward()
         for o in self.all: o.step()
 
-# %% ../nbs/01a_tiny.ipynb #7718cf6e
+# %% ../nbs/01a_tiny.ipynb #cecf1bc3
 class Teacher:
     "Moving average of modules."
     def __init__(self,
@@ -136,7 +136,7 @@ class Teacher:
         for mine,theirs in zip(self.modules, modules):
             for a,b in zip(mine.parameters(), theirs.parameters()): a.lerp_(b, 1-keep)
 
-# %% ../nbs/01a_tiny.ipynb #f44761f0
+# %% ../nbs/01a_tiny.ipynb #ffaa3ce4
 class Captions(nn.Module):
     "CLIP, SigLIP and SigLIP2. Left out: SigLIP2's captioning decoder and its second view for global self-distillation."
     batch = 96
@@ -189,7 +189,7 @@ class Captions(nn.Module):
     ):
         if self.kind=='siglip2': self.teacher.follow(.99, self.backbone)
 
-# %% ../nbs/01a_tiny.ipynb #c3d00fa7
+# %% ../nbs/01a_tiny.ipynb #b5eae42f
 class Reconstruction(nn.Module):
     "MAE."
     batch = 48
@@ -224,7 +224,7 @@ class Reconstruction(nn.Module):
         done:float, # share of the training behind us
     ): pass
 
-# %% ../nbs/01a_tiny.ipynb #64ab32e6
+# %% ../nbs/01a_tiny.ipynb #9398417b
 class PrototypeHead(nn.Module):
     "Cosines of projected features with prototypes; features are standardized over the batch before and after the projection."
     def __init__(self,
@@ -269,7 +269,7 @@ def gram_distance(
     grams = [x@x.transpose(1,2) for x in (F.normalize(a, dim=2), F.normalize(b, dim=2))]
     return F.mse_loss(*grams)
 
-# %% ../nbs/01a_tiny.ipynb #ba583afd
+# %% ../nbs/01a_tiny.ipynb #a7c4137c
 class Distillation(nn.Module):
     "DINOv2 and DINOv3. Windows stand for crops; colors change little; no blur, no grayscale, no solarization."
     batch = 48
@@ -323,7 +323,7 @@ class Distillation(nn.Module):
         self.teacher.follow(1-.02*(1+math.cos(math.pi*done))/2, self.backbone, self.head, self.patch_head)
         if self.anchored and self.anchor is None and done>=.6: self.anchor = copy.deepcopy(self.teacher.modules[0])
 
-# %% ../nbs/01a_tiny.ipynb #1908376b
+# %% ../nbs/01a_tiny.ipynb #794658b8
 class Labels(nn.Module):
     "Binary cross-entropy over the parts in view."
     batch = 64
@@ -349,7 +349,7 @@ class Labels(nn.Module):
         done:float, # share of the training behind us
     ): pass
 
-# %% ../nbs/01a_tiny.ipynb #3050d719
+# %% ../nbs/01a_tiny.ipynb #c22b39d8
 @dataclass(frozen=True)
 class Pretraining:
     "How one family is pretrained."
@@ -406,7 +406,7 @@ def pretrain(
             losses.append(loss.item())
     return Backbone(replace(backbone.spec, name=f'tiny-{family}', source=f'package/tiny-{family}'), backbone.model, backbone.recipe),losses
 
-# %% ../nbs/01a_tiny.ipynb #b02e4a93
+# %% ../nbs/01a_tiny.ipynb #073c16b9
 _COMMON = ('The patch embedding starts from whitened principal components of patches, linear maps from Xavier\'s rule, positions from sines and cosines.',
            'Matrices in the blocks are trained by Muon, the rest by AdamW; the learning rate has a short warm-up and a cosine.',
            'Four thousand drawn photographs instead of millions of real ones; views keep at least half of a photograph.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'WORDS', 'CAPTION_LENGTH', 'Photographs', 'load_photographs', 'views', 'windows', 'parts_in_view', 'caption']
 
-# %% ../nbs/00c_views.ipynb #0fd97dcc
+# %% ../nbs/00c_views.ipynb #9b112f2d
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .parts import ONTOLOGY
 from .synthetic import read_truth
 
-# %% ../nbs/00c_views.ipynb #2ba754d8
+# %% ../nbs/00c_views.ipynb #3b1f46e4
 PARTS = tuple(ONTOLOGY)
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def load_photographs(
         boxes[i,:len(t)] = torch.tensor(t[['left','top','right','bottom']].to_numpy('float32'))
     return Photographs(images, parts, boxes)
 
-# %% ../nbs/00c_views.ipynb #7aa84ab9
+# %% ../nbs/00c_views.ipynb #244839c0
 def views(
     photos:Photographs,
     index:torch.Tensor, # (n) int64, which photographs
@@ -93,7 +93,7 @@ def parts_in_view(
     seen = (photos.parts[index]>=0)&(overlap(0,2)*overlap(1,3)>=.5*whole)
     return torch.stack([torch.bincount(p[s], minlength=len(PARTS)) for p,s in zip(photos.parts[index], seen)]).float()
 
-# %% ../nbs/00c_views.ipynb #e7601023
+# %% ../nbs/00c_views.ipynb #703cd133
 WORDS = ('<pad>','<end>','<start>','one','two','several',*sorted({w for p in PARTS for w in p.lower().split()}))
 CAPTION_LENGTH = 40 # tokens
 
