@@ -6,7 +6,7 @@
 __all__ = ['WINDOWS', 'compressed', 'probe_churches', 'frozen_features', 'pixel_features', 'fit_probe', 'balanced_accuracy',
            'probe_table', 'patch_features', 'window_table']
 
-# %% ../nbs/01b_probe.ipynb #81ed676e
+# %% ../nbs/01b_probe.ipynb #31e66381
 from io import BytesIO
 import numpy as np, pandas as pd, torch
 from PIL import Image
@@ -20,7 +20,7 @@ from .data import CLASSES
 from .synthetic import draw_church
 from .views import PARTS, Photographs
 
-# %% ../nbs/01b_probe.ipynb #8e1b46b8
+# %% ../nbs/01b_probe.ipynb #d5d9969c
 def compressed(
     image:Image.Image, # in color
 )->torch.Tensor: # (3, height, width), uint8
@@ -55,7 +55,7 @@ def pixel_features(
     "Mean colors of small squares: what a probe sees without an encoder."
     return F.avg_pool2d(images.float()/255, patch).flatten(1).numpy()
 
-# %% ../nbs/01b_probe.ipynb #249434b8
+# %% ../nbs/01b_probe.ipynb #35f9d3b8
 def fit_probe(
     features:np.ndarray, # (n, dim)
     labels:np.ndarray, # (n)
@@ -75,7 +75,7 @@ def balanced_accuracy(
     recall,n = np.array(recall),np.array(n)
     return recall.mean(),np.sqrt((recall*(1-recall)/n).sum())/len(n)
 
-# %% ../nbs/01b_probe.ipynb #a3abe021
+# %% ../nbs/01b_probe.ipynb #710c26da
 def probe_table(
     names:list, # of backbones
     images:torch.Tensor, # (n, 3, 96, 96), uint8, of `probe_churches`
@@ -91,7 +91,7 @@ def probe_table(
         rows.append(dict(name=name, balanced_accuracy=score, standard_error=error, n_train=half, n_test=len(labels)-half))
     return pd.DataFrame(rows).set_index('name')
 
-# %% ../nbs/01b_probe.ipynb #25bbaec0
+# %% ../nbs/01b_probe.ipynb #3559d666
 WINDOWS = ('Round Arch Window','Pointed Arch Window')
 
 @torch.no_grad()

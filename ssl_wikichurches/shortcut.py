@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAP', 'redraw', 'shortcut_scores', 'shortcut_table']
 
-# %% ../nbs/03a_shortcut.ipynb #865654df
+# %% ../nbs/03a_shortcut.ipynb #b262626b
 import pandas as pd, torch
 from .backbones import load_backbone
 from .data import Churches, make_split, read_churches
@@ -15,7 +15,7 @@ from .finetune_full import FullRecipe, fit_full
 from .probe import balanced_accuracy, compressed
 from .synthetic import draw_church
 
-# %% ../nbs/03a_shortcut.ipynb #bc7cc0be
+# %% ../nbs/03a_shortcut.ipynb #148f41a4
 def redraw(
     churches:Churches, # of a drawn folder
     names:list, # photographs of it
@@ -31,7 +31,7 @@ def redraw(
         images.append(compressed(image))
     return torch.stack(images)
 
-# %% ../nbs/03a_shortcut.ipynb #23fbfe84
+# %% ../nbs/03a_shortcut.ipynb #e8f43d33
 TRAP = FullRecipe(epochs=15, lr=1e-3, backbone_lr=5e-4)
 
 def shortcut_scores(
