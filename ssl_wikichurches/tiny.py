@@ -369,6 +369,7 @@ PRETRAINING = dict(
 def pretraining_of(
     family:str, # key of `PRETRAINING`
 )->Pretraining:
+    "The plan of a family; an unknown one is an error that names the known."
     if family not in PRETRAINING: raise ValueError(f"no family is called {family!r}; known are {', '.join(PRETRAINING)}")
     return PRETRAINING[family]
 
