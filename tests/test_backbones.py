@@ -152,7 +152,7 @@ def test_transformers_folder(name, tmp_path):
     b = load_backbone(name)
     again = load_backbone(layout(tmp_path/name, b))
     assert torch.equal(run(again, images()), run(b, images()))
-    assert replace(again.spec, name=name, source='random')==b.spec and again.spec.name==name
+    assert replace(again.spec, name=name, source=b.spec.source)==b.spec and again.spec.name==name
     assert load_backbone(tmp_path/name, size=64).spec.grid==8
     assert torch.equal(run(load_backbone(save_backbone(again, tmp_path/'saved')), images()), run(b, images()))
 
