@@ -117,19 +117,32 @@ class Backbone(nn.Module):
         self.native = hf.image_size if hf else spec.size
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(spec, k)).view(3,1,1), persistent=False)
 
-    def forward(self,
-        images:torch.Tensor, # (batch, 3, size, size), float, in [0, 1]
-    )->torch.Tensor: # (batch, dim)
+    def _inputs(self, images):
+        "What the library's module is called with."
         s = self.spec.size
         if images.shape[1:]!=(3,s,s) or not images.is_floating_point():
             raise ValueError(f"{self.spec.name} takes float images of shape (batch, 3, {s}, {s}), not {images.dtype} {tuple(images.shape)}; "
                              "resize them, or load the backbone with `size=`")
         x = (images-self.mean)/self.std
-        if self.spec.family=='timm': return self.model(x)
+        if self.spec.family=='timm': return dict(x=x)
         inputs = dict(interpolate_pos_encoding=True) if s!=self.native and self.spec.family in ('mae', 'clip', 'siglip') else {}
         if self.spec.family=='mae': inputs['noise'] = torch.arange(self.spec.grid**2., device=x.device).expand(len(x), -1)
-        out = self.model(pixel_values=x, **inputs)
+        return dict(pixel_values=x, **inputs)
+
+    def forward(self,
+        images:torch.Tensor, # (batch, 3, size, size), float, in [0, 1]
+    )->torch.Tensor: # (batch, dim)
+        out = self.model(**self._inputs(images))
+        if self.spec.family=='timm': return out
         return out.last_hidden_state[:,0] if self.spec.family=='mae' else out.pooler_output
+
+    def patches(self,
+        images:torch.Tensor, # (batch, 3, size, size), float, in [0, 1]
+    )->torch.Tensor: # (batch, grid^2, dim), in reading order
+        "Features of the patches after the last block."
+        inputs = self._inputs(images)
+        tokens = self.model.forward_features(**inputs) if self.spec.family=='timm' else self.model(**inputs).last_hidden_state
+        return tokens[:,self.spec.n_prefix:]
 
 # %% ../nbs/01_backbones.ipynb #b5b1add8
 _SPARE = re.compile(r'((head|head_dist|fc|classifier|projectors|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias|mask_token)(\.|$))'

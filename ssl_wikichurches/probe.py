@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'compressed', 'probe_churches', 'frozen_features', 'pixel_features', 'fit_probe', 'balanced_accuracy',
-           'probe_table', 'patch_features', 'window_table']
+           'probe_scores', 'probe_table', 'patch_features', 'window_table']
 
 # %% ../nbs/01b_probe.ipynb #31e66381
 from io import BytesIO
 import numpy as np, pandas as pd, torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import recall_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
 from .backbones import Backbone, load_backbone
 from .data import CLASSES
-from .synthetic import draw_church
+from .synthetic import JPEG, draw_church
 from .views import PARTS, Photographs
 
 # %% ../nbs/01b_probe.ipynb #d5d9969c
@@ -25,8 +27,8 @@ def compressed(
     image:Image.Image, # in color
 )->torch.Tensor: # (3, height, width), uint8
     "A photograph as it comes back from a file of `make_churches`."
-    image.save(file := BytesIO(), 'jpeg', quality=92)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2,0,1)
+    image.save(file := BytesIO(), **JPEG)
+    return pil_to_tensor(Image.open(file))
 
 def probe_churches(
     n:int, # churches, the four styles in turn
@@ -71,9 +73,18 @@ def balanced_accuracy(
     said:np.ndarray, # (n)
 )->tuple: # mean recall and its standard error, in [0, 1]
     "Mean of the recalls of the classes, with the binomial standard error."
-    recall,n = zip(*((np.mean(said[labels==c]==c), np.sum(labels==c)) for c in np.unique(labels)))
-    recall,n = np.array(recall),np.array(n)
-    return recall.mean(),np.sqrt((recall*(1-recall)/n).sum())/len(n)
+    classes,n = np.unique(labels, return_counts=True)
+    recall = recall_score(labels, said, labels=classes, average=None)
+    return float(recall.mean()),float(np.sqrt((recall*(1-recall)/n).sum())/len(n))
+
+def probe_scores(
+    features:np.ndarray, # (n, dim)
+    labels:np.ndarray, # (n)
+    train:np.ndarray, # (n) bool; the others test
+)->dict: # balanced_accuracy and standard_error
+    "A probe, tested on what it has not seen."
+    score,error = balanced_accuracy(labels[~train], fit_probe(features[train], labels[train]).predict(features[~train]))
+    return dict(balanced_accuracy=score, standard_error=error)
 
 # %% ../nbs/01b_probe.ipynb #710c26da
 def probe_table(
@@ -87,8 +98,7 @@ def probe_table(
     for name in ['pixels',*names]:
         progress(name)
         features = pixel_features(images) if name=='pixels' else frozen_features(load_backbone(name), images)
-        score,error = balanced_accuracy(labels[half:], fit_probe(features[:half], labels[:half]).predict(features[half:]))
-        rows.append(dict(name=name, balanced_accuracy=score, standard_error=error, n_train=half, n_test=len(labels)-half))
+        rows.append(dict(name=name, **probe_scores(features, labels, np.arange(len(labels))<half), n_train=half, n_test=len(labels)-half))
     return pd.DataFrame(rows).set_index('name')
 
 # %% ../nbs/01b_probe.ipynb #3559d666
@@ -100,13 +110,7 @@ def patch_features(
     images:torch.Tensor, # (n, 3, size, size), uint8
 )->torch.Tensor: # (n, grid^2, dim), in reading order, after the last block
     "Features of the patches, a hundred images at a time."
-    spec = backbone.spec
-    def features(x):
-        x = (x.float()/255-backbone.mean)/backbone.std
-        if spec.family=='timm': return backbone.model.forward_features(x)
-        more = dict(noise=torch.arange(spec.grid**2.).expand(len(x), -1)) if spec.family=='mae' else {} # reading order
-        return backbone.model(pixel_values=x, **more).last_hidden_state
-    return torch.cat([features(x)[:,spec.n_prefix:] for x in images.split(100)])
+    return torch.cat([backbone.patches(x.float()/255) for x in images.split(100)])
 
 def window_table(
     names:list, # of backbones
@@ -123,6 +127,5 @@ def window_table(
         backbone = load_backbone(name)
         at = (center*backbone.spec.grid).long()
         features = patch_features(backbone, photos.images)[image, at[:,1]*backbone.spec.grid+at[:,0]].numpy()
-        score,error = balanced_accuracy(labels[~train], fit_probe(features[train], labels[train]).predict(features[~train]))
-        rows.append(dict(name=name, balanced_accuracy=score, standard_error=error, n_test=int((~train).sum())))
+        rows.append(dict(name=name, **probe_scores(features, labels, train), n_test=int((~train).sum())))
     return pd.DataFrame(rows).set_index('name')

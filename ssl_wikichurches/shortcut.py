@@ -7,13 +7,14 @@ __all__ = ['TRAP', 'redraw', 'shortcut_scores', 'shortcut_table']
 
 # %% ../nbs/03a_shortcut.ipynb #b262626b
 import pandas as pd, torch
+from torch.utils.data import DataLoader, TensorDataset
 from .backbones import load_backbone
 from .data import Churches, make_split, read_churches
 from .download import synthetic_folder
-from .finetune import StyleModel, TrainData
+from .finetune import StyleModel, TrainData, predict
 from .finetune_full import FullRecipe, fit_full
 from .probe import balanced_accuracy, compressed
-from .synthetic import draw_church
+from .synthetic import FIRST_CHURCH, draw_church
 
 # %% ../nbs/03a_shortcut.ipynb #148f41a4
 def redraw(
@@ -27,7 +28,7 @@ def redraw(
     for name in names:
         church,photo = name.removesuffix('.jpg').split('_wd')
         styles = tuple(churches.style_names[q] for q in churches.images.styles[name])
-        image,_ = draw_church(styles, (seed, int(church[1:])-990000001), 96, int(photo), **how)
+        image,_ = draw_church(styles, (seed, int(church[1:])-FIRST_CHURCH), 96, int(photo), **how)
         images.append(compressed(image))
     return torch.stack(images)
 
@@ -45,12 +46,13 @@ def shortcut_scores(
     churches = read_churches(synthetic_folder('synthetic', n=n, seed=seed, evidence=evidence), verify=False)
     data = TrainData(churches, make_split(churches, val=.3), 96)
     fitted = fit_full(load_backbone(name), data, recipe)
-    model,names = StyleModel(fitted.backbone, fitted.classifier).eval(),list(data.split.val)
+    model,names = StyleModel(fitted.backbone, fitted.classifier),list(data.split.val)
+    bare = redraw(churches, names, seed, evidence=evidence, banner=False).float()/255
+    bare = DataLoader(TensorDataset(bare, torch.tensor(data.labels.loc[names].to_numpy())), recipe.batch)
     row = dict(name=name, evidence=evidence, n=len(names))
-    for what,banner in dict(with_banner=True, without_banner=False).items():
-        images = redraw(churches, names, seed, evidence=evidence, banner=banner)
-        with torch.no_grad(): said = torch.cat([model(x.float()/255).argmax(1) for x in images.split(100)]).numpy()
-        row[what],row[f'error_{what}'] = balanced_accuracy(data.labels.loc[names].to_numpy(), said)
+    for what,loader in dict(with_banner=data.loader('val', recipe.batch), without_banner=bare).items():
+        logits,labels = predict(model, loader)
+        row[what],row[f'error_{what}'] = balanced_accuracy(labels.numpy(), logits.argmax(1).numpy())
     return row
 
 def shortcut_table(

@@ -8,9 +8,10 @@ __all__ = ['PARTS', 'WORDS', 'CAPTION_LENGTH', 'Photographs', 'load_photographs'
 # %% ../nbs/00c_views.ipynb #9b112f2d
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, torch
-from PIL import Image
+import torch
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import pil_to_tensor
+from .data import open_image
 from .parts import ONTOLOGY
 from .synthetic import read_truth
 
@@ -30,7 +31,7 @@ def load_photographs(
 )->Photographs:
     "All photographs of a drawn data set, in the order of their names."
     names = sorted(p.name for p in Path(folder, 'images').iterdir())
-    images = torch.stack([torch.from_numpy(np.array(Image.open(Path(folder, 'images', n)))).permute(2,0,1) for n in names])
+    images = torch.stack([pil_to_tensor(open_image(Path(folder, 'images', n))) for n in names])
     truth = read_truth(folder)
     clear = truth[truth.clear].assign(right=lambda t: t.left+t.width, bottom=lambda t: t.top+t.height)
     clear = {name: rows for name,rows in clear.groupby('image')}

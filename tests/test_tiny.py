@@ -95,7 +95,7 @@ def test_gram_anchor_enters_late(photos):
     o.after(.6); anchor = o.anchor; assert anchor is not None
     o.after(.9); assert o.anchor is anchor
     with torch.no_grad():
-        args = lambda: (torch.arange(8), generator(1), .9)
+        args = lambda: (torch.arange(8), generator(1))
         with_it = o.loss(*args()); o.anchor = None; without = o.loss(*args())
     assert with_it>=without
 
