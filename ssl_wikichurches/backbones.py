@@ -144,6 +144,15 @@ class Backbone(nn.Module):
         tokens = self.model.forward_features(**inputs) if self.spec.family=='timm' else self.model(**inputs).last_hidden_state
         return tokens[:,self.spec.n_prefix:]
 
+    def blocks(self,
+        images:torch.Tensor, # (batch, 3, size, size), float, in [0, 1]
+    )->torch.Tensor: # (batch, depth, grid^2, dim), in reading order
+        "Features of the patches after each block, before the final norm."
+        inputs = self._inputs(images)
+        if self.spec.family=='timm': found = self.model.forward_intermediates(**inputs, norm=False, output_fmt='NLC', intermediates_only=True)
+        else: found = [t[:,self.spec.n_prefix:] for t in self.model(**inputs, output_hidden_states=True).hidden_states[1:]]
+        return torch.stack(found, 1)
+
 # %% ../nbs/01_backbones.ipynb #b5b1add8
 _SPARE = re.compile(r'((head|head_dist|fc|classifier|projectors|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias|mask_token)(\.|$))'
                     r'|.*(position_ids|inv_freq|periods|relative_position_index)$')

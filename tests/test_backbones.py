@@ -20,6 +20,18 @@ def layout(folder, backbone):
     backbone.model.save_pretrained(folder)
     return str(folder)
 
+# ---- features
+
+@pytest.mark.parametrize('name', TINY)
+def test_features_of_the_blocks_are_what_the_blocks_return(name):
+    backbone,returned = load_backbone(name),[]
+    blocks = next(m for k,m in backbone.model.named_modules() if k.rpartition('.')[2] in ('layer','layers','blocks'))
+    hooks = [b.register_forward_hook(lambda module, args, out: returned.append(out[0] if isinstance(out, tuple) else out)) for b in blocks]
+    with torch.no_grad(): backbone(images())
+    for h in hooks: h.remove()
+    with torch.no_grad(): found = backbone.blocks(images())
+    assert torch.equal(found, torch.stack(returned, 1)[:,:,backbone.spec.n_prefix:])
+
 # ---- geometry and the registry
 
 @pytest.mark.parametrize('name', TINY)

@@ -177,5 +177,5 @@ def test_probe_finds_what_is_there_and_nothing_else():
 def test_probe_table_tests_on_unseen_churches():
     images,labels = probe_churches(40)
     t = probe_table(['tiny-siglip-random'], images, labels)
-    assert list(t.index)==['pixels','tiny-siglip-random'] and (t.n_train==20).all() and (t.n_test==20).all()
+    assert list(t.index)==[('pixels','pixels'), ('tiny-siglip-random','pooled'), ('tiny-siglip-random','blocks')] and (t.n_train==20).all() and (t.n_test==20).all()
     assert t.balanced_accuracy.between(0,1).all()
