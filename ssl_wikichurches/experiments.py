@@ -21,14 +21,14 @@ from safetensors.torch import save
 from tqdm import tqdm
 from .attention import pooled_maps
 from .backbones import Backbone, load_backbone
-from .data import (GEOMETRIES, LABELS, ChurchDataset, Churches, Split, box_mask, eval_transform, load_split, make_split,
-                                   save_split)
+from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, eval_transform
 from .download import load_churches
 from .finetune import TrainData, make_recipe
 from .finetune_full import FullRecipe, fit_full, restore_full
 from .finetune_linear import LinearRecipe, fit_linear, restore_linear
 from .finetune_lora import LoraRecipe, fit_lora, restore_lora
 from .metrics import score_maps
+from .splits import LABELS, Split, NO_PAIRS, class_labels, evaluation_split, load_split, make_split, save_split, study_split
 
 # %% ../nbs/06_experiments.ipynb #d320db4a
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Study:
     name:str='study'
     data:str='synthetic' # source for `load_churches`
     models:tuple=('dinov2','dinov3','mae','clip','siglip','siglip2') # names or `alias=source`
-    tiers:tuple=('linear','lora','full')
+    tiers:tuple=('linear','lora','full') # none: only the frozen backbones are measured, and nothing but annotated images is needed
     seeds:tuple=(0,)
     labels:str='leaf' # see `class_labels`
     geometry:str='squash' # see `eval_transform`
     size:int=0 # side of the input in pixels; 0: each backbone's own
-    val:float=.12 # share of the churches for validation
+    val:float=0. # share of the churches for validation; 0: as the labels have it (see `make_split`)
     split_seed:int=0
     on_error:str='raise' # what to do with unreadable photographs: 'raise' or 'skip'
     recipes:dict=field(default_factory=dict) # tier -> {field: value}, where a recipe differs from its defaults
@@ -79,7 +79,7 @@ def _check_study(study):
     for tier,changes in study.recipes.items(): make_recipe(TIERS[tier].recipe, **changes)
     for f in ('models','tiers','seeds'):
         values = getattr(study,f)
-        if not values or len(set(values))<len(values): raise ValueError(f"{f} is {values!r}: expected at least one, none twice")
+        if not values and f!='tiers' or len(set(values))<len(values): raise ValueError(f"{f} is {values!r}: expected at least one, none twice")
     if bad := [s for s in study.seeds if type(s) is not int or s<0]: raise ValueError(f"seed {bad[0]!r}: expected whole numbers from 0")
     if len(study.sources)<len(study.models): raise ValueError(f"two models share a name: {study.models}")
 
@@ -122,7 +122,7 @@ class Run:
     geometry:str
     size:int
     on_error:str
-    data_key:str # fingerprint of split and boxes
+    data_key:str # fingerprint of split, classes and boxes
 
     @property
     def name(self)->str: return f'{self.model}-frozen' if self.tier=='frozen' else f'{self.model}-{self.tier}-seed{self.seed}'
@@ -131,8 +131,9 @@ def data_key(
     churches:Churches,
     split:Split,
 )->str: # 16 hexadecimal digits
-    "Fingerprint of what a study measures on: image names, classes' split, and boxes."
-    text = json.dumps([split.train, split.val, split.eval]) + churches.boxes.to_csv(index=False, float_format='%.6f')
+    "Fingerprint of what a study learns from and measures on: split, classes, and boxes."
+    classes = class_labels(churches, split.labels).to_csv()
+    text = split.key + classes + churches.boxes.to_csv(index=False, float_format='%.6f')
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 def study_runs(
@@ -246,7 +247,7 @@ def _fit(run, data, backbone, folder, device):
     fitted = TIERS[run.tier].fit(backbone, data, TIERS[run.tier].recipe(**run.recipe), run.seed, device)
     _write(folder/'history.csv', lambda p: fitted.history.to_csv(p))
     write_tensors(folder/'model.safetensors', fitted.state)
-    scores = {p:fitted.scores(data.loader(p), device) for p in ('val','eval')}
+    scores = {p:fitted.scores(data.loader(p), device) for p in ('val','eval','test') if getattr(data.split, p)}
     return fitted.backbone, dict(n_trainable=fitted.n_trainable, scores=scores)
 
 # %% ../nbs/06_experiments.ipynb #d5adcdb7
@@ -262,7 +263,8 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder/'recipe.json', asdict(run))
     data,backbone = _prepare(run, root)
-    facts = dict(spec=asdict(backbone.spec), **{f'n_{p}':len(getattr(data.split, p)) for p in ('train','val','eval')})
+    facts = dict(spec=asdict(backbone.spec), **{f'n_{p}':len(names) for p,names in data.split.parts.items()},
+                 prepared=[*data.churches.prepared])
     if run.tier!='frozen':
         backbone,fit_facts = _fit(run, data, backbone, folder, device)
         facts |= fit_facts
@@ -297,11 +299,15 @@ def default_executor(
     return ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_init_worker, initargs=(threads,))
 
 # %% ../nbs/06_experiments.ipynb #4e2f7c59
-def _study_split(study, root, churches):
-    split = make_split(churches, study.labels, study.val, study.split_seed)
-    path = root/'split.json'
-    if not path.is_file(): save_split(split, path)
-    if load_split(path)!=split:
+def _study_split(study, root, churches, progress):
+    "The split of the study's folder. The first time, photographs are compared; pairs that look alike are kept in duplicates.csv."
+    how = (study.labels, study.val, study.split_seed)
+    if not (path := root/'split.json').is_file():
+        split,pairs = study_split(churches, *how, progress) if study.tiers else (evaluation_split(churches, study.labels), NO_PAIRS)
+        _write(root/'duplicates.csv', lambda p: pairs.to_csv(p, index=False))
+        return load_split(save_split(split, path))
+    split = load_split(path)
+    if split!=(make_split(churches, *how, split.left_out) if study.tiers else evaluation_split(churches, study.labels)):
         raise ValueError(f"{path} is another split than this study's data, labels, val and split_seed give: "
                          "give the study another name, or delete its folder")
     return split
@@ -331,7 +337,8 @@ def run_study(
     root = Path(runs)/study.name
     churches = load_churches(study.data, study.on_error)
     root.mkdir(parents=True, exist_ok=True)
-    jobs = study_runs(study, data_key(churches, _study_split(study, root, churches)))
+    _write(root/'problems.csv', lambda p: churches.problems.to_csv(p, index=False))
+    jobs = study_runs(study, data_key(churches, _study_split(study, root, churches, progress)))
     missing = [r for r in jobs if not check_recipe(root/r.name, r)]
     _write_json(root/'study.json', asdict(study))
     if not missing: return root

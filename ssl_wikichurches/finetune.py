@@ -15,7 +15,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from .data import CLASSES, ChurchDataset, Churches, Split, class_labels, eval_transform, train_transform
+from .data import CLASSES, ChurchDataset, Churches, eval_transform, train_transform
+from .splits import Split, class_labels
 
 # %% ../nbs/03_finetune.ipynb #e4c9f47b
 @dataclass(frozen=True)
@@ -114,10 +115,11 @@ def image_loader(
     batch:int=32,
     seed:int=0, # of the order; augmentation draws from torch's global generator
     workers:int=0, # processes that decode; 0 keeps one order of random draws
+    prepared:bool=False, # read prepared copies where there are any; not for a measurement
 )->DataLoader: # of (images (B, 3, s, s) in [0, 1], labels (B,))
     "Batches of photographs with their classes."
     if lost := [n for n in names if n not in labels.index]: raise ValueError(f"{len(lost)} images have no class: {lost[:3]}")
-    ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels)
+    ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels, prepared)
     order = torch.Generator().manual_seed(seed)
     return DataLoader(ds, batch, shuffle=shuffle, collate_fn=_stack, num_workers=workers, generator=order)
 
@@ -235,11 +237,12 @@ class TrainData:
         y = self.labels.loc[list(self.split.train)].to_numpy()
         return class_weights(y) if recipe.class_weights=='balanced' else torch.ones(len(CLASSES))
     def loader(self,
-        part:str, # 'train', 'val' or 'eval'
+        part:str, # 'train', 'val', 'eval' or 'test'; the first two read prepared copies where there are any
         batch:int=32,
         **kwargs, # of `image_loader`: augment, shuffle, seed
     )->DataLoader:
         names = getattr(self.split, part)
-        return image_loader(self.churches, names, self.labels, self.size, self.geometry, batch=batch, workers=self.workers, **kwargs)
+        return image_loader(self.churches, names, self.labels, self.size, self.geometry, batch=batch, workers=self.workers,
+                            prepared=part in ('train','val'), **kwargs)
     def loaders(self, recipe:Recipe, seed:int)->tuple: # training (shuffled, augmented if the recipe says so) and validation loader
         return self.loader('train', recipe.batch, augment=recipe.augment, shuffle=True, seed=seed), self.loader('val', recipe.batch)

@@ -15,13 +15,14 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from safetensors import safe_open
-from .data import ChurchDataset, Churches, boxes_in_view, class_labels, eval_transform
+from .data import ChurchDataset, Churches, boxes_in_view, eval_transform
 from .download import load_churches
 from .experiments import load_maps, write_tensors
 from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot
 from .results import complete_runs, missing_runs, read_study, study_scores, study_table
+from .splits import class_labels
 
 # %% ../nbs/06b_report.ipynb #01a99f9e
 def example_images(
@@ -98,14 +99,16 @@ say whether the instrument works, not what real models do.</p>{% endif %}
 shift is zero by construction and was checked to be exactly zero. d_z and d_av carry Hedges' correction. Blind choice of pixels would score
 {{ '%.3f'|format(chance) }} and no map could score above {{ '%.3f'|format(ceiling) }}, on average over images.</p>
 <h2>Accuracy on the held-out images</h2><div class="wide">{{ accuracy }}</div>
-<p class="note">Means over seeds. Always naming the most frequent style of these images would give an accuracy of
+<p class="note">Means over seeds; <i>test</i> is the official test list, where the labels bring one. Always naming the most frequent style of these images would give an accuracy of
 {{ '%.3f'|format(majority) }} and a balanced accuracy of 0.25.</p>
 <h2>Before and after</h2><p class="note">For each model: the images with the smallest, the median and the largest shift. Maps of the last block,
 mean over heads; the two maps of a row share one scale, the last panel is their difference (red: more attention than before). Colors end at
 the 98th percentile.</p>
 {% for name,img in strips %}<h3>{{ name }}</h3><img alt="Attention before and after, {{ name }}" src="{{ img }}">{% endfor %}
 <h2>Recipe</h2><div class="wide">{{ recipes }}</div>
-<p class="note">{{ split }} images for training, validation and evaluation; no church is in two of them.</p>
+<p class="note">Labels <i>{{ study.labels }}</i>; {{ split }}; no church is in two of them. {{ copies|length }} photographs look like an
+evaluation image of another church; their churches were left out{% if copies %}: {{ copies|join(', ') }}{% endif %}.</p>
+<p class="note">{{ problems|length }} photographs or boxes could not be used{% if problems %}:<br>{{ problems|join('<br>') }}{% else %}.{% endif %}</p>
 <h2>Versions</h2><p class="note">{% for v in versions %}{{ v }}<br>{% endfor %}</p></body></html>"""
 
 # %% ../nbs/06b_report.ipynb #bfeba40b
@@ -130,6 +133,11 @@ def _levels(folder, metric):
     return dict(chance=d.chance.mean(), ceiling=d.ceiling.mean())
 
 # %% ../nbs/06b_report.ipynb #c2258eb9
+def _exclusions(root):
+    "What the study left out, and why."
+    pairs,problems = (pd.read_csv(Path(root)/f) for f in ('duplicates.csv','problems.csv'))
+    return dict(copies=[f'{r.image} (of {r.copy_of})' for r in pairs.itertuples()], problems=[f'{r.image}: {r.problem}' for r in problems.itertuples()])
+
 def _facts(root, metric):
     study,runs,scores = read_study(root), complete_runs(root), study_scores(root, metric)
     churches = load_churches(study.data, study.on_error, verify=False)
@@ -137,7 +145,8 @@ def _facts(root, metric):
     first = runs.iloc[0]
     return dict(study=study, metric=metric, n_images=scores.image.nunique(), n_churches=scores.church.nunique(),
                 view=boxes_in_view(churches, first.spec['size'], study.geometry), majority=labels.value_counts(normalize=True).max(),
-                missing=missing_runs(root), recipes=_html(_recipes(runs)), split=f'{first.n_train} + {first.n_val} + {first.n_eval}',
+                missing=missing_runs(root), recipes=_html(_recipes(runs)), **_exclusions(root),
+                split=', '.join(f"{first[f'n_{p}']} images for {p}" for p in ('train','val','eval','test') if first[f'n_{p}']),
                 versions=[', '.join(f'{k} {v}' for k,v in r.items()) for r in _distinct(runs.versions)], **_levels(first.folder, metric))
 
 def _pictures(root, table, metric):
@@ -157,7 +166,7 @@ def write_report(
     "Write a study's report as one HTML file."
     table = study_table(root, metric)
     text = readable_table(table)
-    accuracy = text[['accuracy','balanced_accuracy','macro_f1']]
+    accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1'))]]
     shown = dict(forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)

@@ -9,11 +9,12 @@ __all__ = ['TRAP', 'redraw', 'shortcut_scores', 'shortcut_table']
 import pandas as pd, torch
 from torch.utils.data import DataLoader, TensorDataset
 from .backbones import load_backbone
-from .data import Churches, make_split, read_churches
+from .data import Churches, read_churches
 from .download import synthetic_folder
 from .finetune import StyleModel, TrainData, predict
 from .finetune_full import FullRecipe, fit_full
 from .probe import balanced_accuracy, compressed
+from .splits import make_split
 from .synthetic import FIRST_CHURCH, draw_church
 
 # %% ../nbs/03a_shortcut.ipynb #148f41a4

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
-from .data import open_image
+from .codec import open_image
 from .parts import ONTOLOGY
 from .synthetic import read_truth
 

@@ -1,12 +1,13 @@
 "Mechanics of `data` and `download`: broken input, label lists, geometry under many draws, real photographs."
-import json, shutil, zlib
+import json, shutil
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision import tv_tensors
-from ssl_wikichurches.data import (GEOMETRIES, STYLES, ChurchDataset, Split, box_mask, boxes_in_view, check_split, class_labels, clip_boxes,
-                                   eval_transform, load_split, make_split, open_image, read_churches, save_split, train_transform)
+from ssl_wikichurches.data import (GEOMETRIES, ChurchDataset, box_mask, boxes_in_view, clip_boxes, eval_transform, open_image,
+                                   read_churches, train_transform)
 from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.splits import make_split
 
 def edit(folder, name, change):
     d = json.loads((folder/name).read_text()); change(d); (folder/name).write_text(json.dumps(d))
@@ -74,46 +75,6 @@ def test_exif_rotation_comes_first(tmp_path):
 def test_every_mode_becomes_rgb(tmp_path, mode):
     Image.new(mode, (8,8)).save(tmp_path/'m.png')
     assert open_image(tmp_path/'m.png').mode=='RGB'
-
-def test_split_is_by_church_stratified_and_seeded(drawn):
-    churches = load_churches('synthetic')
-    split,y = make_split(churches, seed=3), class_labels(churches)
-    assert make_split(churches, seed=3)==split!=make_split(churches, seed=4)
-    owner = churches.images.church
-    groups = [set(owner[list(g)]) for g in (split.train, split.val, split.eval)]
-    assert not groups[0]&groups[1] and not groups[0]&groups[2] and not groups[1]&groups[2]
-    assert set(split.eval)==set(churches.images.index[churches.images.annotated])
-    assert len(groups[1])/(len(groups[0])+len(groups[1]))==pytest.approx(.12, abs=.01)
-    for c in range(4): # every style has its share in validation
-        t,v = (sum(y[n]==c for n in g) for g in (split.train, split.val))
-        assert v/(t+v)==pytest.approx(.12, abs=.05)
-
-def test_split_roundtrip_and_leak(tmp_path, drawn):
-    split = make_split(read_churches(drawn), val=.3)
-    assert load_split(save_split(split, tmp_path/'s.json'))==split
-    leak = Split(split.train+(split.eval[0].replace('_wd0','_wd9'),), split.val, split.eval)
-    with pytest.raises(ValueError, match='leaks'): check_split(leak)
-    d = json.loads((tmp_path/'s.json').read_text()); d['train'] += [split.val[0]]; (tmp_path/'s.json').write_text(json.dumps(d))
-    with pytest.raises(ValueError, match='leaks'): load_split(tmp_path/'s.json')
-
-def test_wc4_labels_and_annotated_churches_leave_every_list(folder):
-    churches = read_churches(folder); y = class_labels(churches)
-    (folder/'labels').mkdir()
-    for i,part in enumerate(('train','val','test')):
-        (folder/'labels'/f'wc4_{part}.txt').write_text('\n'.join(f'{n} {list(STYLES)[c]}' for n,c in y.items() if zlib.crc32(n.encode())%3==i))
-    listed = class_labels(churches, 'wc4')
-    assert listed[~listed.index.isin(churches.images.index[churches.images.annotated])].equals(y[~y.index.isin(churches.images.index[churches.images.annotated])])
-    split = make_split(churches, 'wc4', val=.3)
-    held = {n.split('_')[0] for n in split.eval}
-    assert not held & {n.split('_')[0] for n in split.train+split.val}
-    (folder/'labels/wc4_val.txt').write_text('Q1_wd0.jpg Q99999')
-    with pytest.raises(ValueError, match='wc4_val.txt'): class_labels(churches, 'wc4')
-
-def test_leaf_takes_exactly_one_of_the_four(folder):
-    churches = read_churches(folder); free = [n for n in churches.images.index if not churches.images.annotated[n]][:2]
-    ids = [churches.images.church[n] for n in free]
-    edit(folder, 'churches.json', lambda d: (d[ids[0]].update(styles=['Q46261','Q176483']), d[ids[1]].update(styles=[])))
-    assert not set(free)&set(class_labels(read_churches(folder)).index)
 
 coordinate = st.floats(-.5, 1.5, allow_nan=False)
 @settings(max_examples=60, deadline=None)

@@ -5,7 +5,7 @@ from peft.tuners.lora import LoraLayer
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from ssl_wikichurches.attention import pooled_maps
 from ssl_wikichurches.backbones import TINY, load_backbone
-from ssl_wikichurches.data import make_split
+from ssl_wikichurches.splits import make_split
 from ssl_wikichurches.download import load_churches
 from ssl_wikichurches.experiments import TIERS
 from ssl_wikichurches.finetune import Recipe, TrainData, class_weights, classification_scores, lr_factor, make_recipe
