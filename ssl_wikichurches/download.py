@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 import httpx, pandas as pd, requests
 from tqdm import tqdm
-from .data import STYLES, Churches, church_id, read_churches, read_parts
-from .synthetic import GENERATOR_VERSION, make_churches
 from .archive import (RECORD, ZENODO, DamagedMember, NoRange, Traffic, file_problem, full_disk_explained, need_space,
                                       one_at_a_time, open_remote_zip, pull, record_files, safe_members, save_member, way_out, web_session)
+from .data import STYLES, Churches, church_id, read_church_styles, read_churches, read_parts
+from .synthetic import GENERATOR_VERSION, make_churches
 
 # %% ../nbs/00b_download.ipynb #e3cea179
 def cache_dir()->Path: # the folder; it need not exist yet
@@ -170,7 +170,7 @@ def choose_images(
     folder = Path(folder)
     if not isinstance(which, str): return sorted({n for n in which if church_id(n)})
     if which not in SELECTIONS: raise ValueError(f"images is {which!r}: expected one of {', '.join(SELECTIONS)}, or a list of file names")
-    styles = {q:tuple(c.get('styles') or ()) for q,c in json.loads((folder/'churches.json').read_text(encoding='utf-8')).items()}
+    styles = read_church_styles(folder)
     chosen = {'annotated': set, 'all': lambda: set(listed), 'wc4': lambda: _in_lists(folder),
               'leaf': lambda: {n for n in listed if len(s := styles.get(church_id(n), ()))==1 and s[0] in STYLES}}[which]()
     return sorted(chosen | set(read_parts(folder)[3]))
@@ -243,7 +243,7 @@ def images_from_record(
     if 'images.zip' not in files: raise OSError(f"the record has no images.zip: is it WikiChurches ({RECORD})?")
     file,had = files['images.zip'], (folder/'images.zip').is_file()
     archive = _open_images(session, file, folder, which=='all', progress)
-    named,left = photographs(safe_members(archive), json.loads((folder/'churches.json').read_text(encoding='utf-8')))
+    named,left = photographs(safe_members(archive), read_church_styles(folder))
     names = choose_images(folder, which, named)
     todo = [m for n in names if (m := named.get(n)) and not (folder/'images'/n).is_file()]
     need_space(folder, sum(m.file_size for m in todo), f'unpacking {len(todo)} photographs')

@@ -1,12 +1,13 @@
 "Labels, hierarchy, splits by church, copies of photographs, and the arithmetic of the real lists."
-import json, zlib
+import json, shutil, zlib
 from dataclasses import replace
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageEnhance
+from ssl_wikichurches.archive import serve_record
 from ssl_wikichurches.census import EXPECTED, census, part_graph
 from ssl_wikichurches.data import STYLES, church_id, read_churches
-from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.download import choose_images, download_churches, load_churches
 from ssl_wikichurches.splits import (NEAR, Split, check_split, class_labels, image_hashes, label_counts, label_or_reason, load_split, make_split,
                                      near_duplicates, read_hierarchy, read_wc4, refuse_duplicates, rolled_up, save_split, study_split)
 ROMANESQUE,GOTHIC,RENAISSANCE,BAROQUE = STYLES
@@ -201,15 +202,23 @@ def test_copies_among_real_photographs(real):
 
 @pytest.fixture(scope='module')
 def counted(tmp_path_factory):
-    "A folder with as many churches, photographs, tags, boxes and list entries as WikiChurches, its photographs of one pixel."
+    "Downloaded from archives with as many churches, photographs, tags, boxes and list entries as WikiChurches; photographs are one pixel."
     from wikichurches_counts import write_counted
-    return write_counted(tmp_path_factory.mktemp('counted')/'set')
+    home = tmp_path_factory.mktemp('counted')
+    made,record = write_counted(home/'made'),home/'record'
+    for name in ('images','labels'): shutil.make_archive(record/name, 'zip', made, name)
+    for p in made.glob('*.*'): shutil.copy(p, record)
+    with serve_record(record) as base: table = download_churches(home/'set', 'all', base=base, progress=False)
+    assert table.loc['photographs',['requested','fetched']].tolist()==[9485,9485]
+    return home/'set'
 
 def test_the_counts_of_wikichurches_are_reproduced(counted):
     churches = read_churches(counted, verify=False)
     table = census(churches)
     assert (table.found==table.expected).all(), table[table.difference!=0]
     assert len(class_labels(churches, 'wc4'))==7526 and len(class_labels(churches, 'hierarchy'))==7526
+    names = [*churches.images.index]
+    assert [len(choose_images(counted, s, names)) for s in ('annotated','leaf','wc4','all')]==[139,4727,7526,9485]
     held = set(churches.images.church[churches.images.annotated])
     for labels in ('leaf','wc4','hierarchy'):
         split = make_split(churches, labels)
