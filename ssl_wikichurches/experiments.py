@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'DEMO', 'PACKAGES', 'Tier', 'Study', 'as_study', 'load_study', 'Run', 'data_key', 'study_runs',
-           'write_tensors', 'check_recipe', 'measure', 'load_maps', 'versions', 'execute', 'best_device',
-           'default_executor', 'run_study']
+           'check_recipe', 'measure', 'load_maps', 'versions', 'execute', 'best_device', 'default_executor',
+           'run_study']
 
 # %% ../nbs/06_experiments.ipynb #7dd9bb63
 import hashlib, importlib.metadata, json, os, platform, re, subprocess, threading, time, tomllib
@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from tqdm import tqdm
 from .attention import pooled_maps
 from .backbones import Backbone, load_backbone
+from .checkpoint import read_tensors, write_file, write_json, write_tensors
 from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, eval_transform
 from .download import load_churches
 from .finetune import TrainData, make_recipe
 from .finetune_full import FullRecipe, fit_full, restore_full
 from .finetune_linear import LinearRecipe, fit_linear, restore_linear
+from .finetune_lp_ft import LpFtRecipe, fit_lp_ft
 from .finetune_lora import LoraRecipe, fit_lora, restore_lora
 from .metrics import score_maps
 from .splits import LABELS, Split, NO_PAIRS, class_labels, evaluation_split, load_split, make_split, save_split, study_split
@@ -39,7 +39,7 @@ class Tier:
     restore:object # (backbone, recipe, state) -> Backbone
 
 TIERS = {'linear':Tier(LinearRecipe, fit_linear, restore_linear), 'lora':Tier(LoraRecipe, fit_lora, restore_lora),
-         'full':Tier(FullRecipe, fit_full, restore_full)}
+         'full':Tier(FullRecipe, fit_full, restore_full), 'lp_ft':Tier(LpFtRecipe, fit_lp_ft, restore_full)}
 
 # %% ../nbs/06_experiments.ipynb #80ff08d6
 @dataclass(frozen=True)
@@ -147,22 +147,6 @@ def study_runs(
     tuned = [Run(m, source, t, s, recipes[t], **shared) for s in study.seeds for t in study.tiers for m,source in sources]
     return [Run(m, source, 'frozen', 0, {}, **shared) for m,source in sources] + tuned
 
-# %% ../nbs/06_experiments.ipynb #677894c3
-def _write(path, save):
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    save(part)
-    os.replace(part, path)
-
-def _write_json(path, obj): _write(path, lambda p: p.write_text(json.dumps(obj, indent=1)))
-
-def write_tensors(
-    path:Path, # safetensors file, replaced as a whole
-    tensors:dict, # name -> tensor
-    metadata:dict=None, # name -> text
-):
-    "Write named tensors."
-    _write(path, lambda p: p.write_bytes(save({k:v.contiguous() for k,v in tensors.items()}, metadata)))
-
 # %% ../nbs/06_experiments.ipynb #43eec9da
 def check_recipe(
     folder:Path, # of a run; need not exist
@@ -214,8 +198,8 @@ def load_maps(
     folder:str|os.PathLike, # of a run
 )->tuple: # image names; maps (n, L, H, g, g) float32
     "The stored maps of a run."
-    with safe_open(Path(folder)/'maps.safetensors', 'pt') as f:
-        return json.loads(f.metadata()['images']), f.get_tensor('maps').float()
+    tensors,texts = read_tensors(Path(folder)/'maps.safetensors')
+    return json.loads(texts['images']),tensors['maps'].float()
 
 # %% ../nbs/06_experiments.ipynb #44610ffb
 PACKAGES = ('torch', 'torchvision', 'timm', 'transformers', 'peft', 'numpy', 'scipy', 'statsmodels', 'scikit-learn')
@@ -244,11 +228,13 @@ def _prepare(run, root):
 
 def _fit(run, data, backbone, folder, device):
     "Train and store; the tuned backbone, and what run.json says of it."
-    fitted = TIERS[run.tier].fit(backbone, data, TIERS[run.tier].recipe(**run.recipe), run.seed, device)
-    _write(folder/'history.csv', lambda p: fitted.history.to_csv(p))
+    recipe = TIERS[run.tier].recipe(**run.recipe)
+    fitted = TIERS[run.tier].fit(backbone, data, recipe, run.seed, device, folder)
+    write_file(folder/'history.csv', lambda p: fitted.history.to_csv(p))
     write_tensors(folder/'model.safetensors', fitted.state)
+    if fitted.other: write_tensors(folder/('last.safetensors' if recipe.select=='best' else 'best.safetensors'), fitted.other)
     scores = {p:fitted.scores(data.loader(p), device) for p in ('val','eval','test') if getattr(data.split, p)}
-    return fitted.backbone, dict(n_trainable=fitted.n_trainable, scores=scores)
+    return fitted.backbone, dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch)
 
 # %% ../nbs/06_experiments.ipynb #d5adcdb7
 def execute(
@@ -261,7 +247,7 @@ def execute(
     if check_recipe(folder, run): return run.name
     start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder/'recipe.json', asdict(run))
+    write_json(folder/'recipe.json', asdict(run))
     data,backbone = _prepare(run, root)
     facts = dict(spec=asdict(backbone.spec), **{f'n_{p}':len(names) for p,names in data.split.parts.items()},
                  prepared=[*data.churches.prepared])
@@ -271,10 +257,10 @@ def execute(
     names,maps,masks = measure(backbone, data, device)
     _save_maps(folder, names, maps)
     scores = score_maps(maps.float(), masks, names)
-    _write(folder/'metrics.parquet', lambda p: scores.to_parquet(p, index=False))
+    write_file(folder/'metrics.parquet', lambda p: scores.to_parquet(p, index=False))
     facts |= dict(n_measured=len(names), seconds=round(time.time()-start, 1), processor=_processor(device), versions=versions())
-    _write_json(folder/'run.json', facts)
-    for left in folder.glob('.*'): left.unlink(missing_ok=True) # by an attempt that was killed while it wrote
+    write_json(folder/'run.json', facts)
+    for left in (*folder.glob('.*'), folder/'checkpoint.safetensors'): left.unlink(missing_ok=True) # by a killed attempt; what training needed
     return run.name
 
 # %% ../nbs/06_experiments.ipynb #ed18eba8
@@ -304,7 +290,7 @@ def _study_split(study, root, churches, progress):
     how = (study.labels, study.val, study.split_seed)
     if not (path := root/'split.json').is_file():
         split,pairs = study_split(churches, *how, progress) if study.tiers else (evaluation_split(churches, study.labels), NO_PAIRS)
-        _write(root/'duplicates.csv', lambda p: pairs.to_csv(p, index=False))
+        write_file(root/'duplicates.csv', lambda p: pairs.to_csv(p, index=False))
         return load_split(save_split(split, path))
     split = load_split(path)
     if split!=(make_split(churches, *how, split.left_out) if study.tiers else evaluation_split(churches, study.labels)):
@@ -337,10 +323,10 @@ def run_study(
     root = Path(runs)/study.name
     churches = load_churches(study.data, study.on_error)
     root.mkdir(parents=True, exist_ok=True)
-    _write(root/'problems.csv', lambda p: churches.problems.to_csv(p, index=False))
+    write_file(root/'problems.csv', lambda p: churches.problems.to_csv(p, index=False))
     jobs = study_runs(study, data_key(churches, _study_split(study, root, churches, progress)))
     missing = [r for r in jobs if not check_recipe(root/r.name, r)]
-    _write_json(root/'study.json', asdict(study))
+    write_json(root/'study.json', asdict(study))
     if not missing: return root
     pool = executor or default_executor(workers)
     title = f'{study.name} ({len(jobs)-len(missing)} of {len(jobs)} runs there)'

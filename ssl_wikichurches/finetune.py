@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'make_recipe', 'lr_factor', 'class_weights', 'classification_scores', 'StyleModel', 'new_classifier',
-           'image_loader', 'predict', 'train', 'Fitted', 'classifier_state', 'load_classifier', 'check_tensors',
-           'TrainData']
+           'image_loader', 'predict', 'Trained', 'train', 'Fitted', 'both_states', 'classifier_state',
+           'load_classifier', 'check_tensors', 'TrainData']
 
 # %% ../nbs/03_finetune.ipynb #64cb83ac
-import math
-from dataclasses import dataclass, fields
+import hashlib, math, os, time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 import numpy as np, pandas as pd, torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from .checkpoint import Checkpoint, put_tensors, trained_tensors
 from .data import CLASSES, ChurchDataset, Churches, eval_transform, train_transform
 from .splits import Split, class_labels
 
@@ -30,12 +32,21 @@ class Recipe:
     clip:float=0. # largest gradient norm; 0: no clipping
     class_weights:str='balanced' # 'balanced': n/(classes*count) per class; 'none'
     augment:bool=True # the plan's training augmentation
+    select:str='last' # the epoch that is the result: 'last', or 'best' by balanced accuracy on validation, the first of equals
+    patience:int=0 # stop after so many epochs without a better one; 0: never
+    accumulate:int=1 # parts that a batch is computed in, one after the other, to save memory
+    precision:str='float32' # of the forward pass: 'float32', or 'bfloat16' (autocast; weights and optimizer stay in float32)
+    compiled:bool=False # through `torch.compile`: faster steps after a slow first one
     def __post_init__(self):
         if self.epochs<1 or self.batch<1: raise ValueError(f"epochs {self.epochs}, batch {self.batch}: both must be at least 1")
         if self.lr<0 or self.weight_decay<0 or self.clip<0 or not 0<=self.warmup<1:
             raise ValueError("lr, weight_decay and clip must be at least 0, and warmup in [0, 1)")
         if self.class_weights not in ('balanced','none'):
             raise ValueError(f"class_weights is {self.class_weights!r}: expected 'balanced' or 'none'")
+        if self.select not in ('last','best'): raise ValueError(f"select is {self.select!r}: expected 'last' or 'best'")
+        if self.precision not in ('float32','bfloat16'): raise ValueError(f"precision is {self.precision!r}: expected 'float32' or 'bfloat16'")
+        if self.patience<0 or not 1<=self.accumulate<=self.batch:
+            raise ValueError(f"patience {self.patience}, accumulate {self.accumulate}: expected at least 0, and 1 to batch ({self.batch})")
 
 # %% ../nbs/03_finetune.ipynb #ea6c8abf
 def make_recipe(
@@ -121,7 +132,8 @@ def image_loader(
     if lost := [n for n in names if n not in labels.index]: raise ValueError(f"{len(lost)} images have no class: {lost[:3]}")
     ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels, prepared)
     order = torch.Generator().manual_seed(seed)
-    return DataLoader(ds, batch, shuffle=shuffle, collate_fn=_stack, num_workers=workers, generator=order)
+    return DataLoader(ds, batch, shuffle=shuffle, collate_fn=_stack, num_workers=workers, generator=order,
+                      persistent_workers=workers>0, pin_memory=torch.cuda.is_available())
 
 # %% ../nbs/03_finetune.ipynb #37d6abcd
 @torch.no_grad()
@@ -137,45 +149,86 @@ def predict(
 
 def _validate(model, loader, weight, device):
     logits,t = predict(model, loader, device)
-    return dict(val_loss=F.cross_entropy(logits, t, weight).item(),
-                **{f'val_{k}':v for k,v in classification_scores(t.numpy(), logits.argmax(1).numpy()).items()})
+    said,t_ = logits.argmax(1).numpy(),t.numpy()
+    recalls = {f'val_recall_{CLASSES[c].lower()}':float((said[t_==c]==c).mean()) for c in np.unique(t_)}
+    return dict(val_loss=F.cross_entropy(logits, t, weight).item(), **{f'val_{k}':v for k,v in classification_scores(t_, said).items()}, **recalls)
 
-def _train_epoch(model, loader, optimizer, schedule, weight, clip, device):
-    total = n = 0
+def _backward(forward, x, t, weight, recipe):
+    "Gradients of one batch; its loss."
+    total,loss = weight[t].sum(),0.
+    for xs,ts in zip(x.chunk(recipe.accumulate), t.chunk(recipe.accumulate)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision=='bfloat16'): logits = forward(xs)
+        part = F.cross_entropy(logits.float(), ts, weight, reduction='sum')/total
+        part.backward()
+        loss += part.item()
+    if not math.isfinite(loss): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
+    return loss
+
+def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device):
+    "One pass: mean loss, mean gradient norm before clipping, images per second."
+    start,losses,norms,sizes = time.perf_counter(),[],[],[]
     for x,t in loader:
-        loss = F.cross_entropy(model(x.to(device)), t.to(device), weight.to(device))
-        if not torch.isfinite(loss): raise FloatingPointError(f"the training loss became {loss.item()}: lower the learning rate")
-        optimizer.zero_grad(); loss.backward()
-        if clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g['params']], clip)
+        optimizer.zero_grad()
+        losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe))
+        params = [p for g in optimizer.param_groups for p in g['params']]
+        norms.append(nn.utils.clip_grad_norm_(params, recipe.clip or math.inf).item())
         optimizer.step(); schedule.step()
-        total,n = total+loss.item()*len(t), n+len(t)
-    return total/n
+        sizes.append(len(t))
+    return dict(train_loss=np.average(losses, weights=sizes), grad_norm=np.mean(norms), images_per_second=sum(sizes)/(time.perf_counter()-start))
+
+# %% ../nbs/03_finetune.ipynb #8f284bc7
+@dataclass(frozen=True)
+class Trained:
+    "What a training leaves; the model itself holds the chosen epoch."
+    history:pd.DataFrame # one row per epoch
+    last:dict # name in the model -> tensor, after the last epoch
+    best:dict # the same after the best epoch on validation; empty where that is the last
+    best_epoch:int # from 1
+
+def _training_key(groups, loader, recipe, seed):
+    "What a training depends on, in short."
+    shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
+    names = getattr(loader.dataset, 'names', len(loader.dataset))
+    return hashlib.sha256(repr((asdict(recipe), seed, shapes, names)).encode()).hexdigest()
 
 # %% ../nbs/03_finetune.ipynb #cc393dce
 def train(
     model:nn.Module, # makes logits from the loaders' inputs
     groups:list, # AdamW parameter groups: dicts with params and lr
-    loaders:tuple, # training and validation loader
+    loaders:tuple, # training and validation loader; the first one with a generator of its own
     weight:torch.Tensor, # (classes,) weights of the loss
     recipe:Recipe,
     seed:int=0, # of augmentation and dropout
     device:str='cpu',
     train_mode=None, # called before each epoch; None: `model.train`
-)->pd.DataFrame: # one row per epoch: train_loss, val_loss, val_accuracy, val_balanced_accuracy, val_macro_f1
-    "Train for `recipe.epochs`; the last epoch is the result, so no validation image selects anything."
+    folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for; None: nowhere
+)->Trained:
+    "Train for `recipe.epochs`, or until patience ends, and put the chosen epoch into the model."
     training,validation = loaders
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
-    steps = recipe.epochs*len(training)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, steps, recipe.warmup))
-    rows,cuda = [], [torch.device(device)] if str(device).startswith('cuda') else []
-    with torch.random.fork_rng(devices=cuda):
+    weight,steps = weight.to(device),recipe.epochs*len(training)
+    groups = [dict(g, params=list(g['params']), initial_lr=g['lr']) for g in groups]
+    key = _training_key(groups, training, recipe, seed)
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    checkpoint = Checkpoint(Path(folder)/'checkpoint.safetensors', key) if folder else None
+    forward = torch.compile(model) if recipe.compiled else model
+    with torch.random.fork_rng(devices=[torch.device(device)] if str(device).startswith('cuda') else []):
         torch.manual_seed(seed)
-        for epoch in range(recipe.epochs):
+        notes,best = checkpoint.load(model, optimizer, training.generator) if checkpoint else (None,{})
+        rows = notes['rows'] if notes else []
+        best_epoch = notes['best_epoch'] if notes else 0
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, steps, recipe.warmup), last_epoch=len(rows)*len(training)-1)
+        while len(rows)<recipe.epochs and not (recipe.patience and rows and len(rows)-best_epoch>=recipe.patience):
             (train_mode or model.train)()
-            loss = _train_epoch(model, training, optimizer, schedule, weight, recipe.clip, device)
-            rows.append(dict(epoch=epoch+1, train_loss=loss, **_validate(model, validation, weight.cpu(), device)))
+            rates = {f"lr_{g.get('name', i)}":g['lr'] for i,g in enumerate(optimizer.param_groups)}
+            row = dict(epoch=len(rows)+1, **_train_epoch(forward, training, optimizer, schedule, weight, recipe, device), **rates)
+            rows.append(row|_validate(model, validation, weight.cpu(), device))
+            score = 'val_balanced_accuracy'
+            if not best_epoch or rows[-1][score]>rows[best_epoch-1][score]: best,best_epoch = trained_tensors(model),len(rows)
+            if checkpoint: checkpoint.save(model, optimizer, training.generator, dict(rows=rows, best_epoch=best_epoch), best)
+    last = trained_tensors(model)
+    if recipe.select=='best': put_tensors(model, best)
     model.eval()
-    return pd.DataFrame(rows).set_index('epoch')
+    return Trained(pd.DataFrame(rows).set_index('epoch'), last, best if best_epoch<len(rows) else {}, best_epoch)
 
 # %% ../nbs/03_finetune.ipynb #fb20a8f6
 @dataclass(frozen=True)
@@ -186,10 +239,28 @@ class Fitted:
     history:pd.DataFrame # of `train`
     state:dict # name -> tensor: what was trained, for a safetensors file
     n_trainable:int # number of trained weights
+    other:dict = field(default_factory=dict) # as `state`, of the epoch that was not chosen: the best or the last; empty where they are one
+    best_epoch:int=0 # of the highest balanced accuracy on validation, from 1; 0 where nothing was trained in epochs
 
     def scores(self, loader:DataLoader, device:str='cpu')->dict: # accuracy, balanced_accuracy, macro_f1
         logits,t = predict(StyleModel(self.backbone, self.classifier).to(device), loader, device)
         return classification_scores(t.numpy(), logits.argmax(1).numpy())
+
+# %% ../nbs/03_finetune.ipynb #879ad902
+def both_states(
+    model:nn.Module, # after `train`; it ends as it was
+    trained:Trained,
+    recipe:Recipe,
+    state, # function without arguments: the tensors to be stored, of what the model holds
+)->tuple: # tensors of the chosen epoch, and of the other one ({} where they are one)
+    "What is stored of the last and the best epoch."
+    chosen = state()
+    if not trained.best: return chosen,{}
+    mine = trained_tensors(model)
+    put_tensors(model, trained.last if recipe.select=='best' else trained.best)
+    other = state()
+    put_tensors(model, mine)
+    return chosen,other
 
 # %% ../nbs/03_finetune.ipynb #3f6e8010
 def classifier_state(

@@ -6,13 +6,15 @@
 __all__ = ['LoraRecipe', 'SplitQKV', 'add_adapters', 'merge_adapters', 'fit_lora', 'restore_lora']
 
 # %% ../nbs/03_finetune_lora.ipynb #960321e3
+import os
 from dataclasses import dataclass
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from .backbones import Backbone, attention_projections
-from .finetune import Fitted, Recipe, StyleModel, TrainData, check_tensors, classifier_state, new_classifier, train
+from .finetune import (Fitted, Recipe, StyleModel, TrainData, both_states, check_tensors, classifier_state, new_classifier,
+                                       train)
 
 # %% ../nbs/03_finetune_lora.ipynb #99653d42
 @dataclass(frozen=True)
@@ -21,8 +23,13 @@ class LoraRecipe(Recipe):
     rank:int=8
     alpha:float=32. # the update is scaled by alpha/rank
     dropout:float=.1 # on the input of the adapters, in training
+    targets:str='qv' # which of q, k and v carry adapters
+    rslora:bool=False # scale by alpha/sqrt(rank) (Kalajdzievski, 2023)
+    dora:bool=False # adapt direction and magnitude apart (Liu et al., 2024)
     def __post_init__(self):
         super().__post_init__()
+        if not self.targets or sorted(set(self.targets))!=sorted(self.targets) or set(self.targets)-set('qkv'):
+            raise ValueError(f"targets is {self.targets!r}: expected some of the letters q, k and v, none twice")
         if self.rank<1 or not 0<=self.dropout<1:
             raise ValueError(f"rank {self.rank}, dropout {self.dropout}: expected rank >= 1 and dropout in [0, 1)")
 
@@ -55,22 +62,23 @@ def add_adapters(
     backbone:Backbone, # is changed: its weights are frozen, adapters are added
     recipe:LoraRecipe,
     seed:int=0, # of the adapters' A matrices
-)->list: # names of the adapted linear layers, two per block
-    "Put LoRA adapters on the query and value projections of every block."
+)->list: # names of the adapted linear layers, as many per block as `recipe.targets` has letters
+    "Put LoRA adapters (Hu et al., 2022) on projections of every block."
     targets = []
     for block in attention_projections(backbone):
         if 'qkv' in block:
             _replace(backbone.model, block['qkv'], SplitQKV(backbone.model.get_submodule(block['qkv'])))
-            targets += [f"{block['qkv']}.q", f"{block['qkv']}.v"]
-        else: targets += [block['q'], block['v']]
+            targets += [f"{block['qkv']}.{t}" for t in recipe.targets]
+        else: targets += [block[t] for t in recipe.targets]
     backbone.requires_grad_(False)
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets)
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets,
+                        use_rslora=recipe.rslora, use_dora=recipe.dora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, backbone.model)
     found = [n for n,_ in _modules(backbone, LoraLayer)]
-    if sorted(found)!=sorted(targets) or len(found)!=2*backbone.depth:
-        raise RuntimeError(f"{backbone.spec.name}: {len(found)} layers carry adapters, expected q and v of {backbone.depth} blocks: "
+    if sorted(found)!=sorted(targets) or len(found)!=len(recipe.targets)*backbone.depth:
+        raise RuntimeError(f"{backbone.spec.name}: {len(found)} layers carry adapters, expected {', '.join(recipe.targets)} of {backbone.depth} blocks: "
                            f"{sorted(set(found)^set(targets))[:4]}")
     return found
 
@@ -93,6 +101,7 @@ def fit_lora(
     recipe:LoraRecipe=LoraRecipe(),
     seed:int=0, # of classifier, adapters, order of images, augmentation and dropout
     device:str='cpu',
+    folder:str|os.PathLike=None, # see `train`
 )->Fitted:
     "Train adapters and classifier; the rest of the backbone is frozen."
     add_adapters(backbone, recipe, seed)
@@ -101,11 +110,13 @@ def fit_lora(
         model.eval()
         for _,m in _modules(backbone, LoraLayer): m.train()
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=params, lr=recipe.lr)]
-    history = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device, train_mode)
-    adapters = {f'adapter.{k}':v.detach().cpu().clone() for k,v in get_peft_model_state_dict(backbone.model).items()}
-    state = adapters|classifier_state(model.classifier)
-    return Fitted(merge_adapters(backbone), model.classifier, history, state, sum(p.numel() for p in params))
+    groups = [dict(params=params, lr=recipe.lr, name='adapters_and_classifier')]
+    trained = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device, train_mode, folder)
+    def state():
+        adapters = {f'adapter.{k}':v.detach().cpu().clone() for k,v in get_peft_model_state_dict(backbone.model).items()}
+        return adapters|classifier_state(model.classifier)
+    chosen,other = both_states(model, trained, recipe, state)
+    return Fitted(merge_adapters(backbone), model.classifier, trained.history, chosen, sum(p.numel() for p in params), other, trained.best_epoch)
 
 def restore_lora(
     backbone:Backbone, # the frozen backbone; is changed

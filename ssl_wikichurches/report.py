@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from .data import ChurchDataset, Churches, boxes_in_view, eval_transform
 from .download import load_churches
-from .experiments import load_maps, write_tensors
+from .checkpoint import write_tensors
+from .experiments import load_maps
 from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot

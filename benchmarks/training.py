@@ -1,0 +1,98 @@
+"""How fast and how large is a training, beside re-encoding and beside Hugging Face's `Trainer`? Ratios within one run.
+
+    python benchmarks/training.py [--model tiny-clip] [--repeats 3] [--epochs 3]
+
+All ways train the same model on the same photographs, with the same batches, precision, optimizer and augmentation. They take turns; what is printed
+is the median of the ratios and their range. Memory is the peak of a fresh process for each way.
+"""
+import argparse, re, subprocess, sys, tempfile, time, warnings
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from ssl_wikichurches.backbones import load_backbone
+from ssl_wikichurches.data import ChurchDataset, train_transform
+from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.finetune import StyleModel, TrainData, new_classifier, train
+from ssl_wikichurches.finetune_full import FullRecipe, fit_full, parameter_groups
+from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear
+from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora
+from ssl_wikichurches.splits import make_split
+
+class WithLoss(torch.nn.Module):
+    "What `Trainer` wants of a model: the loss, from the batch."
+    def __init__(self, model, weight): super().__init__(); self.model,self.weight = model,weight
+    def forward(self, images, labels): return dict(loss=F.cross_entropy(self.model(images), labels, self.weight))
+
+def batch(items): return dict(images=torch.stack([i['image'] for i in items]), labels=torch.tensor([i['label'] for i in items]))
+
+def by_trainer(model, data, recipe, groups):
+    "The same training by `Trainer`: the groups, the schedule, clipping and shuffling of the recipe."
+    images = ChurchDataset(data.churches, data.split.train, train_transform(data.size), data.labels)
+    with tempfile.TemporaryDirectory() as out:
+        args = TrainingArguments(out, per_device_train_batch_size=recipe.batch, num_train_epochs=recipe.epochs, max_grad_norm=recipe.clip, lr_scheduler_type='cosine',
+                                 warmup_steps=round(recipe.warmup*recipe.epochs*-(-len(images)//recipe.batch)), use_cpu=not torch.cuda.is_available(), report_to=[],
+                                 save_strategy='no', logging_strategy='no', disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+        Trainer(WithLoss(model, data.weight(recipe)), args, train_dataset=images, data_collator=batch, optimizers=(optimizer, None)).train()
+
+def full_by_trainer(backbone, data, recipe):
+    model = StyleModel(backbone, new_classifier(backbone.dim))
+    by_trainer(model, data, recipe, parameter_groups(model, recipe))
+
+def lora_by_trainer(backbone, data, recipe):
+    add_adapters(backbone, recipe)
+    model = StyleModel(backbone, new_classifier(backbone.dim))
+    by_trainer(model, data, recipe, [dict(params=[p for p in model.parameters() if p.requires_grad], lr=recipe.lr)])
+
+def linear_encoding_anew(backbone, data, recipe):
+    "A probe whose backbone sees every photograph in every epoch."
+    model = StyleModel(backbone.requires_grad_(False), new_classifier(backbone.dim))
+    group = dict(params=list(model.classifier.parameters()), lr=recipe.lr)
+    train(model, [group], data.loaders(recipe, 0), data.weight(recipe), recipe, train_mode=model.eval)
+
+WAYS = {'linear, cached': (fit_linear, LinearRecipe), 'linear, encoding anew': (linear_encoding_anew, LinearRecipe), 'lora': (fit_lora, LoraRecipe),
+        'lora by Trainer': (lora_by_trainer, LoraRecipe), 'full': (fit_full, FullRecipe), 'full by Trainer': (full_by_trainer, FullRecipe)}
+
+def run(way, model, epochs):
+    "Seconds of one training of 320 photographs, four of them for validation."
+    churches = load_churches('synthetic')
+    split = make_split(churches)
+    backbone = load_backbone(model)
+    data = TrainData(churches, replace(split, train=split.train[:320], val=split.val[:4]), backbone.spec.size)
+    fit,recipe = WAYS[way]
+    recipe = recipe(epochs=50 if 'linear' in way else epochs)
+    start = time.perf_counter()
+    fit(backbone, data, recipe)
+    return time.perf_counter()-start
+
+def peak(way, model):
+    "Megabytes of a fresh process that trains one epoch this way, and of one that only loads model and photographs."
+    status = lambda: int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+    before = status()
+    run(way, model, 1)
+    return f'{before:.0f} {status():.0f}'
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--model', default='tiny-clip'); p.add_argument('--repeats', type=int, default=3); p.add_argument('--epochs', type=int, default=3)
+    p.add_argument('--peak', help=argparse.SUPPRESS)
+    a = p.parse_args()
+    warnings.filterwarnings('ignore')
+    if a.peak: return print(peak(a.peak, a.model))
+    seconds = pd.DataFrame([{way:run(way, a.model, a.epochs) for way in WAYS} for _ in range(a.repeats)])
+    rows = []
+    for ours,theirs in (('linear, cached','linear, encoding anew'), ('lora','lora by Trainer'), ('full','full by Trainer')):
+        ratio = seconds[theirs]/seconds[ours]
+        rows.append(dict(ours=ours, beside=theirs, times_faster=ratio.median(), least=ratio.min(), most=ratio.max()))
+    print(pd.DataFrame(rows).set_index('ours').round(2).to_string())
+    memory = {}
+    for way in WAYS:
+        out = subprocess.run([sys.executable, __file__, '--peak', way, '--model', a.model], capture_output=True, text=True, check=True).stdout
+        base,top = map(float, out.split()[-2:])
+        memory[way] = dict(peak_MB=round(top), above_imports_MB=round(top-base))
+    print(pd.DataFrame(memory).T.to_string())
+
+if __name__=='__main__': main()
