@@ -6,9 +6,8 @@
 __all__ = ['EXPECTED', 'census', 'part_graph', 'part_counts']
 
 # %% ../nbs/00f_census.ipynb #dc747b6e
-import json
 import networkx as nx, pandas as pd
-from .data import CLASSES, STYLES, Churches
+from .data import CLASSES, STYLES, Churches, church_id, read_church_styles
 from .splits import class_labels, read_wc4
 
 # %% ../nbs/00f_census.ipynb #b73084cf
@@ -27,7 +26,7 @@ def _leaf_counts(churches):
 def _wc4_counts(churches):
     try: listed = read_wc4(churches.root)
     except FileNotFoundError: return {}
-    owner = listed.index.str.partition('_').get_level_values(0)
+    owner = listed.index.map(church_id)
     return {f'wc4: {p} images':int((listed.part==p).sum()) for p in ('train','val','test')} | {
             f'wc4: {p} churches':owner[listed.part==p].nunique() for p in ('train','val','test')}
 
@@ -36,7 +35,7 @@ def census(
 )->pd.DataFrame: # quantity (rows); found (empty where a file is not there), expected, difference
     "Counts of a folder beside those of WikiChurches."
     tags = churches.images.styles[churches.images.annotated].explode().map(STYLES).value_counts()
-    found = {'photographs':len(churches.images), 'churches in churches.json':len(json.loads((churches.root/'churches.json').read_text(encoding='utf-8'))),
+    found = {'photographs':len(churches.images), 'churches in churches.json':len(read_church_styles(churches.root)),
              'styles':len(churches.style_names), 'building parts':len(churches.parts), 'annotated images':int(churches.images.annotated.sum()),
              'expert boxes':len(churches.boxes)} | {f'images tagged {c}':tags.get(c, 0) for c in CLASSES} | _leaf_counts(churches) | _wc4_counts(churches)
     table = pd.DataFrame(dict(found=pd.Series(found).reindex(EXPECTED).astype('Int64'), expected=pd.Series(EXPECTED)))

@@ -8,18 +8,18 @@ __all__ = ['TIERS', 'DEMO', 'PACKAGES', 'Tier', 'Study', 'as_study', 'load_study
            'run_study']
 
 # %% ../nbs/06_experiments.ipynb #7dd9bb63
-import hashlib, importlib.metadata, json, os, platform, re, subprocess, threading, time, tomllib
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+import hashlib, importlib.metadata, json, os, platform, re, subprocess, time, tomllib
+from concurrent.futures import Executor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 import torch
 from tqdm import tqdm
+from .atomic import available_cores, worker_pool, write_file, write_json
 from .attention import pooled_maps
 from .backbones import Backbone, load_backbone
-from .checkpoint import read_tensors, write_file, write_json, write_tensors
+from .checkpoint import read_tensors, write_tensors
 from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, eval_transform
 from .download import load_churches
 from .finetune import TrainData, make_recipe
@@ -268,21 +268,13 @@ def best_device()->str:
     "'cuda' where there is one, else 'cpu'."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
-def _init_worker(threads):
-    torch.set_num_threads(threads)
-    def follow():
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-    threading.Thread(target=follow, daemon=True).start()
-
 def default_executor(
     workers:int=0, # processes; 0: one per core, or one where there is a GPU
 )->Executor:
     "A pool of fresh processes that share the cores."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    cores = available_cores()
     workers = workers or (1 if torch.cuda.is_available() else cores)
-    threads = max(1, cores//workers)
-    return ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_init_worker, initargs=(threads,))
+    return worker_pool(workers, torch.set_num_threads, max(1, cores//workers))
 
 # %% ../nbs/06_experiments.ipynb #4e2f7c59
 def _study_split(study, root, churches, progress):

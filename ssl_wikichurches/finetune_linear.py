@@ -69,9 +69,9 @@ def logistic_probe(
     "The classifier at the minimum of C times the weighted sum of losses plus half the squared norm of W, on standardized features."
     (x,y),(xv,yv) = ([t.double().numpy() for t in d.tensors] for d in (train,val))
     scale = StandardScaler().fit(x)
-    found,rows = [],[]
+    z,found,rows = scale.transform(x),[],[]
     for c in strengths:
-        lr = LogisticRegression(C=c, class_weight=dict(enumerate(weight.tolist())), tol=1e-8, max_iter=10_000).fit(scale.transform(x), y)
+        lr = LogisticRegression(C=c, class_weight=dict(enumerate(weight.tolist())), tol=1e-8, max_iter=10_000).fit(z, y)
         w = lr.coef_/scale.scale_
         layer = nn.Linear(x.shape[1], len(weight))
         layer.load_state_dict(dict(weight=torch.tensor(w), bias=torch.tensor(lr.intercept_-w@scale.mean_)))

@@ -6,14 +6,14 @@
 __all__ = ['shrink', 'encode', 'prepare', 'prepare_report']
 
 # %% ../nbs/00e_prepare.ipynb #dc902a5f
-import io, json, os, threading, time, uuid
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import io, json, os, time, uuid
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
+from .atomic import available_cores, worker_pool
 from .codec import image_header, open_image
 from .data import ENTRY, RECORD, file_stamp, photograph_names, read_prepared
 
@@ -78,22 +78,13 @@ def _save(folder, settings, entries):
     record = dict(settings=settings, photographs={n:entries[n] for n in sorted(entries)})
     _write(folder/RECORD, json.dumps(record, indent=0, ensure_ascii=False).encode())
 
-# %% ../nbs/00e_prepare.ipynb #cd21867c
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-def _end_with_parent():
-    def wait():
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
-
 # %% ../nbs/00e_prepare.ipynb #da68bdea
 def _entries(jobs, workers):
     "Names and entries as they are done."
     if workers==1:
         yield from ((n,_make(*args)) for n,args in jobs.items())
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context('spawn'), initializer=_end_with_parent)
+    pool = worker_pool(workers)
     try:
         names = {pool.submit(_make, *args):n for n,args in jobs.items()}
         yield from ((names[f],f.result()) for f in as_completed(names))
@@ -118,7 +109,7 @@ def prepare(
     entries = {n:e for n,e in _kept(folder, settings, images).items() if n in set(names)}
     missing = [n for n in names if n not in entries]
     jobs = {n:(images/n, folder/n, side, quality) for n in missing}
-    workers = min(workers or _cores(), max(1, len(missing)//4)) # a few are done before a process has started
+    workers = min(workers or available_cores(), max(1, len(missing)//4)) # a few are done before a process has started
     bar = tqdm(_entries(jobs, workers), total=len(jobs), desc=folder.name, unit='photograph', disable=not progress)
     saved = time.monotonic()
     try:

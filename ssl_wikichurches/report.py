@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from .data import ChurchDataset, Churches, boxes_in_view, eval_transform
 from .download import load_churches
+from .atomic import write_file
 from .checkpoint import write_tensors
 from .experiments import load_maps
 from .iou_stats import readable_table
@@ -171,11 +172,7 @@ def write_report(
     shown = dict(forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
-    path = Path(path or Path(root)/'report.html')
-    part = path.with_name(f'.{path.name}.part')
-    part.write_text(html, encoding='utf-8')
-    os.replace(part, path)
-    return path
+    return write_file(path or Path(root)/'report.html', lambda p: p.write_text(html, encoding='utf-8'))
 
 # %% ../nbs/06b_report.ipynb #8a75bdb6
 def save_results(

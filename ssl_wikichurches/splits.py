@@ -16,6 +16,7 @@ import imagehash, networkx as nx, numpy as np, pandas as pd
 from PIL import Image
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
+from .atomic import available_cores, write_json
 from .codec import open_image
 from .data import STYLES, Churches, church_id, read_churches
 
@@ -62,6 +63,7 @@ def read_hierarchy(
     problems += [f"{path.name} has a circle: {' > '.join((*c, c[0]))}" for c in nx.simple_cycles(graph)]
     return graph,problems
 
+# %% ../nbs/00d_splits.ipynb #e2c141b5
 def rolled_up(
     style:str, # Q-id
     graph:nx.DiGraph, # of `read_hierarchy`
@@ -127,6 +129,7 @@ class Split:
     def key(self)->str: # SHA-256 of names, labels and seed
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/00d_splits.ipynb #647b1e21
 def check_split(
     split:Split,
 )->Split: # the same split
@@ -141,14 +144,16 @@ def check_split(
     return split
 
 # %% ../nbs/00d_splits.ipynb #cb3ebc15
+def _annotated(churches, y): return tuple(y.index[churches.images.annotated.reindex(y.index)])
+
 def evaluation_split(
     churches:Churches,
     labels:str='leaf', # one of `LABELS`
 )->Split:
     "The annotated images alone: all that frozen encoders are measured on."
-    y = class_labels(churches, labels)
-    return check_split(Split((), (), tuple(y.index[churches.images.annotated.reindex(y.index)]), labels=labels))
+    return check_split(Split((), (), _annotated(churches, class_labels(churches, labels)), labels=labels))
 
+# %% ../nbs/00d_splits.ipynb #28401ccf
 VAL = .12 # share of the churches for validation, as planned
 
 def _by_chance(of_church, val, seed):
@@ -169,7 +174,7 @@ def make_split(
     y,im = class_labels(churches, labels),churches.images
     if not 0<=val<1: raise ValueError(f"val is {val}: expected a share of at least 0 and below 1")
     if labels=='wc4' and val: raise ValueError(f"val is {val}, but 'wc4' brings its own validation list: leave val out")
-    owner,held = im.church.reindex(y.index),evaluation_split(churches, labels).eval
+    owner,held = im.church.reindex(y.index),_annotated(churches, y)
     gone = {*im.church[im.annotated], *map(church_id, left_out)}
     free = y[~owner.isin(gone)]
     owner = owner.reindex(free.index)
@@ -201,6 +206,7 @@ def perceptual_hash(
     "Signs of the low frequencies of a picture."
     return imagehash.phash(image, hash_size=HASH_SIDE).hash.ravel()
 
+# %% ../nbs/00d_splits.ipynb #2b0fc23a
 def image_hashes(
     churches:Churches,
     names:list, # image file names
@@ -208,7 +214,7 @@ def image_hashes(
 )->np.ndarray: # (n, 256) bool
     "Hashes of photographs, which are read at reduced scale."
     def one(name): return perceptual_hash(open_image(churches.path(name), side=4*HASH_SIDE))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
         hashes = [*tqdm(pool.map(one, names), total=len(names), desc='comparing photographs', disable=not progress)]
     return np.stack(hashes) if hashes else np.zeros((0, HASH_SIDE**2), bool)
 
@@ -225,10 +231,10 @@ def near_duplicates(
 )->pd.DataFrame: # image, copy_of, bits; nearest first
     "Photographs of other churches that are copies of a picture, as they are or mirrored."
     theirs = image_hashes(churches, of, progress)
-    mirrored = theirs.reshape(-1, HASH_SIDE, HASH_SIDE)^(np.arange(HASH_SIDE)%2==1) # odd horizontal frequencies change their sign
+    mirrored = theirs^np.tile(np.arange(HASH_SIDE)%2==1, HASH_SIDE) # odd horizontal frequencies change their sign
     rows = []
     for name,h in zip(names, image_hashes(churches, names, progress)):
-        bits = np.minimum((theirs!=h).sum(1), (mirrored.reshape(theirs.shape)!=h).sum(1))
+        bits = np.minimum((theirs!=h).sum(1), (mirrored!=h).sum(1))
         rows += [(name, of[k], bits[k]) for k in np.flatnonzero(bits<=limit) if church_id(name)!=church_id(of[k])]
     return pd.DataFrame(rows, columns=NO_PAIRS.columns).sort_values('bits', kind='stable', ignore_index=True)
 
@@ -246,6 +252,7 @@ def refuse_duplicates(
         raise ValueError(f"split leaks: {len(found)} photographs are copies of evaluation images: {pairs}. Make it again with left_out={sorted(set(found.image))[:5]}")
     return split
 
+# %% ../nbs/00d_splits.ipynb #4b002376
 def study_split(
     churches:Churches,
     labels:str='leaf', # one of `LABELS`
@@ -264,11 +271,9 @@ def save_split(
     path:str|os.PathLike, # JSON file, replaced as a whole
 )->Path:
     "Write a split with all its image names."
-    part = (path := Path(path)).with_name(path.name+'.part')
-    part.write_text(json.dumps(asdict(split)|dict(sha256=split.key), indent=1))
-    os.replace(part, path)
-    return path
+    return write_json(path, asdict(split)|dict(sha256=split.key))
 
+# %% ../nbs/00d_splits.ipynb #45794ba9
 def load_split(
     path:str|os.PathLike, # JSON file of `save_split`
 )->Split:

@@ -1,7 +1,11 @@
 "What several test files need: a small drawn folder, and the real photographs where the machine has them."
 import os, shutil
+from dataclasses import replace
 from pathlib import Path
 import pytest
+from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.finetune import TrainData
+from ssl_wikichurches.splits import make_split
 from ssl_wikichurches.synthetic import make_churches
 
 @pytest.fixture(scope='session')
@@ -13,6 +17,15 @@ def drawn(tmp_path_factory):
 def folder(drawn, tmp_path):
     "A copy of `drawn` that a test may break."
     return Path(shutil.copytree(drawn, tmp_path/'set'))
+
+@pytest.fixture(scope='session')
+def data():
+    "A quarter of the default photographs to train on."
+    churches = load_churches('synthetic'); split = make_split(churches)
+    return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
+
+@pytest.fixture(scope='session')
+def images(data): return next(iter(data.loader('eval', 4)))[0]
 
 @pytest.fixture(scope='session')
 def real():

@@ -14,14 +14,6 @@ from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear
 from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora, merge_adapters
 
 
-@pytest.fixture(scope='module')
-def data():
-    churches = load_churches('synthetic'); split = make_split(churches)
-    return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
-
-@pytest.fixture(scope='module')
-def images(data): return next(iter(data.loader('eval', 4)))[0]
-
 def frozen_maps(name, images): return pooled_maps(load_backbone(name).requires_grad_(False), images)
 
 def numbers(fitted): return fitted.history.drop(columns='images_per_second')

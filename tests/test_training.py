@@ -5,27 +5,16 @@ import numpy as np, pandas as pd, pytest, torch
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 from ssl_wikichurches import finetune
 from ssl_wikichurches.attention import pooled_maps
 from ssl_wikichurches.backbones import TINY, load_backbone
-from ssl_wikichurches.checkpoint import Checkpoint, put_tensors, read_tensors, trained_tensors, write_tensors
-from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.checkpoint import put_tensors, read_tensors, trained_tensors
 from ssl_wikichurches.experiments import TIERS, Study, run_study
-from ssl_wikichurches.finetune import Recipe, StyleModel, TrainData, make_recipe, new_classifier, predict, train
+from ssl_wikichurches.finetune import Recipe, StyleModel, make_recipe, new_classifier, predict
 from ssl_wikichurches.finetune_full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
 from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear, logistic_probe, pooled_features
 from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora
 from ssl_wikichurches.finetune_lp_ft import LpFtRecipe, fit_lp_ft, probe_classifier
-from ssl_wikichurches.splits import make_split
-
-@pytest.fixture(scope='module')
-def data():
-    churches = load_churches('synthetic'); split = make_split(churches)
-    return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
-
-@pytest.fixture(scope='module')
-def images(data): return next(iter(data.loader('eval', 4)))[0]
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns='images_per_second', errors='ignore')
