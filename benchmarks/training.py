@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.data import ChurchDataset, train_transform
+from ssl_wikichurches.data import ChurchDataset, eval_transform, train_transform
 from ssl_wikichurches.download import load_churches
 from ssl_wikichurches.finetune import StyleModel, TrainData, new_classifier, train
 from ssl_wikichurches.finetune_full import FullRecipe, fit_full, parameter_groups
@@ -24,19 +24,21 @@ from ssl_wikichurches.splits import make_split
 class WithLoss(torch.nn.Module):
     "What `Trainer` wants of a model: the loss, from the batch."
     def __init__(self, model, weight): super().__init__(); self.model,self.weight = model,weight
-    def forward(self, images, labels): return dict(loss=F.cross_entropy(self.model(images), labels, self.weight))
+    def forward(self, images, labels):
+        logits = self.model(images)
+        return dict(loss=F.cross_entropy(logits, labels, self.weight), logits=logits)
 
 def batch(items): return dict(images=torch.stack([i['image'] for i in items]), labels=torch.tensor([i['label'] for i in items]))
 
 def by_trainer(model, data, recipe, groups):
-    "The same training by `Trainer`: the groups, the schedule, clipping and shuffling of the recipe."
-    images = ChurchDataset(data.churches, data.split.train, train_transform(data.size), data.labels)
+    "The same training by `Trainer`: groups, schedule, clipping, shuffling, augmentation, and validation after every epoch."
+    images,val = (ChurchDataset(data.churches, getattr(data.split, p), f(data.size), data.labels) for p,f in (('train',train_transform), ('val',eval_transform)))
     with tempfile.TemporaryDirectory() as out:
         args = TrainingArguments(out, per_device_train_batch_size=recipe.batch, num_train_epochs=recipe.epochs, max_grad_norm=recipe.clip, lr_scheduler_type='cosine',
                                  warmup_steps=round(recipe.warmup*recipe.epochs*-(-len(images)//recipe.batch)), use_cpu=not torch.cuda.is_available(), report_to=[],
-                                 save_strategy='no', logging_strategy='no', disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=0)
+                                 save_strategy='no', eval_strategy='epoch', per_device_eval_batch_size=recipe.batch, label_names=['labels'], logging_strategy='no', disable_tqdm=True, remove_unused_columns=False, dataloader_num_workers=0)
         optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
-        Trainer(WithLoss(model, data.weight(recipe)), args, train_dataset=images, data_collator=batch, optimizers=(optimizer, None)).train()
+        Trainer(WithLoss(model, data.weight(recipe)), args, train_dataset=images, eval_dataset=val, data_collator=batch, optimizers=(optimizer, None)).train()
 
 def full_by_trainer(backbone, data, recipe):
     model = StyleModel(backbone, new_classifier(backbone.dim))

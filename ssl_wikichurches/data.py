@@ -332,12 +332,25 @@ def box_mask(
 
 # %% ../nbs/00_data.ipynb #83d132a6
 def _pixel_boxes(boxes, w, h):
-    xyxy = np.stack([boxes.left*w, boxes.top*h, (boxes.left+boxes.width)*w, (boxes.top+boxes.height)*h], 1)
+    "Left, top, width and height as shares of the frame, to corners in pixels."
+    xyxy = np.concatenate([boxes[:,:2], boxes[:,:2]+boxes[:,2:]], 1)*[w,h,w,h]
     return tv_tensors.BoundingBoxes(torch.tensor(xyxy, dtype=torch.float32), format='XYXY', canvas_size=(h,w))
 
-def _load(path, boxes, side):
-    image = tv_tensors.Image(VF.to_dtype(VF.pil_to_tensor(open_image(path, side)), torch.float32, scale=True))
-    return image, _pixel_boxes(boxes, *image.shape[:0:-1]), tuple(boxes.part)
+def _boxes_by_image(boxes): return {name:(b[['left','top','width','height']].to_numpy(), tuple(b.part)) for name,b in boxes.groupby('image')}
+
+def _load(path, side): return tv_tensors.Image(VF.to_dtype(VF.pil_to_tensor(open_image(path, side)), torch.float32, scale=True))
+
+_NO_BOXES = np.zeros((0,4)),()
+
+def _moved(transform, image, shares, parts):
+    "Image, boxes and parts after a transform. Without boxes only the image goes through it, which is faster."
+    if not parts:
+        image = transform(image)
+        return image,_pixel_boxes(shares, *image.shape[:0:-1]),parts
+    image,boxes = transform(image, _pixel_boxes(shares, *image.shape[:0:-1]))
+    boxes = VF.clamp_bounding_boxes(boxes)
+    keep = ((boxes[:,2]-boxes[:,0])>0)&((boxes[:,3]-boxes[:,1])>0)
+    return image,tv_tensors.wrap(boxes[keep], like=boxes),tuple(p for p,k in zip(parts, keep.tolist()) if k)
 
 class ChurchDataset(Dataset):
     "Photographs with their boxes, after a transform that moves both."
@@ -352,23 +365,18 @@ class ChurchDataset(Dataset):
             raise ValueError(f"{len(lost)} images are not in {churches}: {lost[:3]}")
         self.churches,self.names,self.transform,self.prepared = churches, list(names), transform, prepared
         self.side = getattr(transform, 'side', None)
-        self.groups = dict(list(churches.boxes.groupby('image')))
+        self.boxes = _boxes_by_image(churches.boxes)
         self.targets = {} if targets is None else targets.to_dict()
     def __len__(self): return len(self.names)
     def __getitem__(self, i:int)->dict: # image (3, s, s) in [0, 1]; boxes (n, 4) in pixels; parts; label; name
         name = self.names[i]
         path = self.churches.prepared_path(name, self.side) if self.prepared and self.side else self.churches.path(name)
-        image,boxes,parts = _load(path, self.groups.get(name, self.churches.boxes.iloc[:0]), self.side)
-        image,boxes = self.transform(image, boxes)
-        boxes = VF.clamp_bounding_boxes(boxes)
-        keep = ((boxes[:,2]-boxes[:,0])>0)&((boxes[:,3]-boxes[:,1])>0)
-        return dict(image=image.as_subclass(torch.Tensor).clamp(0,1), boxes=tv_tensors.wrap(boxes[keep], like=boxes),
-                    parts=tuple(p for p,k in zip(parts, keep.tolist()) if k), label=self.targets.get(name, -1), name=name)
+        image,boxes,parts = _moved(self.transform, _load(path, self.side), *self.boxes.get(name, _NO_BOXES))
+        return dict(image=image.as_subclass(torch.Tensor).clamp(0,1), boxes=boxes, parts=parts, label=self.targets.get(name, -1), name=name)
 
 # %% ../nbs/00_data.ipynb #e7a7d7e0
-def _boxes_after(churches, name, boxes, tfm):
-    boxes = _pixel_boxes(boxes, *image_size(churches.path(name)))
-    out = VF.clamp_bounding_boxes(tfm(boxes)).as_subclass(torch.Tensor)
+def _boxes_after(churches, name, shares, tfm):
+    out = VF.clamp_bounding_boxes(tfm(_pixel_boxes(shares, *image_size(churches.path(name))))).as_subclass(torch.Tensor)
     return (out[:,2]>out[:,0])&(out[:,3]>out[:,1])
 
 def boxes_in_view(
@@ -378,6 +386,6 @@ def boxes_in_view(
 )->dict: # boxes, in_view, images, images_in_view
     "How many expert boxes, and annotated images, a geometry leaves with at least a part in view."
     tfm = eval_transform(size, geometry)
-    kept = [_boxes_after(churches, name, b, tfm) for name,b in churches.boxes.groupby('image')]
+    kept = [_boxes_after(churches, name, shares, tfm) for name,(shares,_) in _boxes_by_image(churches.boxes).items()]
     return dict(boxes=sum(len(k) for k in kept), in_view=sum(int(k.sum()) for k in kept),
                 images=len(kept), images_in_view=sum(bool(k.any()) for k in kept))

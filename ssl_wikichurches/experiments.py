@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'DEMO', 'PACKAGES', 'Tier', 'Study', 'as_study', 'load_study', 'Run', 'data_key', 'study_runs',
-           'check_recipe', 'measure', 'load_maps', 'versions', 'execute', 'best_device', 'default_executor',
-           'run_study']
+           'check_recipe', 'measure', 'load_maps', 'versions', 'execute', 'best_device', 'gpu_groups',
+           'default_executor', 'run_study']
 
 # %% ../nbs/06_experiments.ipynb #7dd9bb63
 import hashlib, importlib.metadata, json, os, platform, re, subprocess, time, tomllib
@@ -13,6 +13,7 @@ from concurrent.futures import Executor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from multiprocessing import get_context
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from .attention import pooled_maps
 from .backbones import Backbone, load_backbone
 from .checkpoint import read_tensors, write_tensors
 from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, eval_transform
+from .devices import Team, launch
 from .download import load_churches
 from .finetune import TrainData, make_recipe
 from .finetune_full import FullRecipe, fit_full, restore_full
@@ -221,26 +223,40 @@ def _processor(device):
     return f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 # %% ../nbs/06_experiments.ipynb #abfe04af
-def _prepare(run, root):
+def _prepare(run, root, loaders=0):
     churches = load_churches(run.data, run.on_error, verify=False) # every photograph was verified when the split was made
     backbone = load_backbone(run.source, size=run.size or None)
-    return TrainData(churches, load_split(Path(root)/'split.json'), backbone.spec.size, run.geometry), backbone
+    return TrainData(churches, load_split(Path(root)/'split.json'), backbone.spec.size, run.geometry, loaders), backbone
 
 def _fit(run, data, backbone, folder, device):
-    "Train and store; the tuned backbone, and what run.json says of it."
+    "Train and, in the first process of a team, store; the tuned backbone, and what run.json says of it."
     recipe = TIERS[run.tier].recipe(**run.recipe)
     fitted = TIERS[run.tier].fit(backbone, data, recipe, run.seed, device, folder)
+    if (team := Team()).rank: return fitted.backbone,{}
     write_file(folder/'history.csv', lambda p: fitted.history.to_csv(p))
     write_tensors(folder/'model.safetensors', fitted.state)
     if fitted.other: write_tensors(folder/('last.safetensors' if recipe.select=='best' else 'best.safetensors'), fitted.other)
     scores = {p:fitted.scores(data.loader(p), device) for p in ('val','eval','test') if getattr(data.split, p)}
-    return fitted.backbone, dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch)
+    facts = dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch, processes=team.n)
+    return fitted.backbone,facts
+
+def _member_fit(run, root, folder, loaders):
+    "`_fit` as each process of a team runs it."
+    device = f'cuda:{torch.cuda.current_device()}' if torch.cuda.is_available() else 'cpu'
+    return _fit(run, *_prepare(run, root, loaders), folder, device)[1]
+
+def _fit_together(run, root, folder, backbone, processes, loaders):
+    "`_fit` in a team of processes; the weights come back through the run's file."
+    facts,tier = launch(processes, _member_fit, run, root, folder, loaders),TIERS[run.tier]
+    return tier.restore(backbone, tier.recipe(**run.recipe), read_tensors(folder/'model.safetensors')[0]),facts
 
 # %% ../nbs/06_experiments.ipynb #d5adcdb7
 def execute(
     run:Run,
     root:str|os.PathLike, # folder of the study, with split.json
     device:str='cpu',
+    processes:int=1, # that share the training, each with a GPU where there are any; a linear probe needs one
+    loaders:int=0, # processes that decode photographs, for each process that trains
 )->str: # name of the run
     "Fit, measure and store one run; a complete one is left as it is."
     folder = Path(root)/run.name
@@ -248,11 +264,12 @@ def execute(
     start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/'recipe.json', asdict(run))
-    data,backbone = _prepare(run, root)
+    data,backbone = _prepare(run, root, loaders)
     facts = dict(spec=asdict(backbone.spec), **{f'n_{p}':len(names) for p,names in data.split.parts.items()},
                  prepared=[*data.churches.prepared])
     if run.tier!='frozen':
-        backbone,fit_facts = _fit(run, data, backbone, folder, device)
+        together = processes>1 and run.tier!='linear'
+        backbone,fit_facts = _fit_together(run, root, folder, backbone, processes, loaders) if together else _fit(run, data, backbone, folder, device)
         facts |= fit_facts
     names,maps,masks = measure(backbone, data, device)
     _save_maps(folder, names, maps)
@@ -268,13 +285,30 @@ def best_device()->str:
     "'cuda' where there is one, else 'cpu'."
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
+def gpu_groups(
+    size:int=1, # GPUs of each group
+)->list: # values of CUDA_VISIBLE_DEVICES; empty where there is no GPU
+    "The GPUs of this machine, or those that CUDA_VISIBLE_DEVICES names, in groups of equal size."
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    gpus = (named.split(',') if named else [*map(str, range(torch.cuda.device_count()))])[:torch.cuda.device_count()]
+    if gpus and size>len(gpus): raise ValueError(f"{size} processes on {len(gpus)} GPUs: every process needs a GPU of its own")
+    return [','.join(gpus[i:i+size]) for i in range(0, len(gpus)-size+1, size)]
+
+def _take_place(threads, groups, taken):
+    "In a fresh worker: its threads, and the group of GPUs that is its own."
+    torch.set_num_threads(threads)
+    if not groups: return
+    with taken.get_lock(): place,taken.value = taken.value,taken.value+1
+    os.environ['CUDA_VISIBLE_DEVICES'] = groups[place%len(groups)] # before CUDA is first used
+
 def default_executor(
-    workers:int=0, # processes; 0: one per core, or one where there is a GPU
+    workers:int=0, # processes; 0: one per core, or one per group of GPUs
+    processes:int=1, # that will share each training
 )->Executor:
-    "A pool of fresh processes that share the cores."
-    cores = available_cores()
-    workers = workers or (1 if torch.cuda.is_available() else cores)
-    return worker_pool(workers, torch.set_num_threads, max(1, cores//workers))
+    "A pool of fresh processes that share the cores and the GPUs."
+    cores,groups = available_cores(),gpu_groups(processes)
+    workers = workers or len(groups) or max(1, cores//processes)
+    return worker_pool(workers, _take_place, max(1, cores//workers), groups, get_context('spawn').Value('i', 0))
 
 # %% ../nbs/06_experiments.ipynb #4e2f7c59
 def _study_split(study, root, churches, progress):
@@ -306,9 +340,11 @@ def _finish(futures, bar):
 def run_study(
     study:Study,
     runs:str|os.PathLike='runs', # folder of all studies
-    executor:Executor=None, # None: `default_executor(workers)`
-    workers:int=0, # processes of the default executor
+    executor:Executor=None, # None: `default_executor(workers, processes)`
+    workers:int=0, # processes of the default executor, each with a run
     device:str='', # 'cpu', 'cuda', ...; '' takes a GPU where there is one
+    processes:int=1, # that share each training, see `execute`
+    loaders:int=0, # that decode photographs, see `execute`
     progress:bool=True, # a bar with the time left
 )->Path: # folder of the study
     "Run what is missing of a study."
@@ -320,11 +356,11 @@ def run_study(
     missing = [r for r in jobs if not check_recipe(root/r.name, r)]
     write_json(root/'study.json', asdict(study))
     if not missing: return root
-    pool = executor or default_executor(workers)
+    pool = executor or default_executor(workers, processes)
     title = f'{study.name} ({len(jobs)-len(missing)} of {len(jobs)} runs there)'
     try:
         with tqdm(total=len(missing), desc=title, unit='run', disable=not progress) as bar:
-            _finish({pool.submit(execute, r, root, device or best_device()):r.name for r in missing}, bar)
+            _finish({pool.submit(execute, r, root, device or best_device(), processes, loaders):r.name for r in missing}, bar)
     finally:
         if executor is None: pool.shutdown(wait=True, cancel_futures=True)
     return root

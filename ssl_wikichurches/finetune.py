@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'make_recipe', 'lr_factor', 'class_weights', 'class_recalls', 'classification_scores', 'StyleModel',
-           'new_classifier', 'image_loader', 'predict', 'Trained', 'train', 'Fitted', 'both_states', 'classifier_state',
-           'load_classifier', 'check_tensors', 'TrainData']
+           'new_classifier', 'SeededOrder', 'SeededPhotographs', 'image_loader', 'predict', 'Trained', 'train',
+           'Fitted', 'both_states', 'classifier_state', 'load_classifier', 'check_tensors', 'TrainData']
 
 # %% ../nbs/03_finetune.ipynb #64cb83ac
 import hashlib, math, os, time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from .checkpoint import Checkpoint, put_tensors, trained_tensors
+from torch.utils.data import DataLoader, Dataset, Sampler
+from .atomic import write_file
+from .checkpoint import Checkpoint, put_tensors, random_state, trained_tensors
 from .data import CLASSES, ChurchDataset, Churches, eval_transform, train_transform
+from .devices import Team
 from .splits import Split, class_labels
 
 # %% ../nbs/03_finetune.ipynb #e4c9f47b
@@ -119,6 +122,35 @@ def new_classifier(
     nn.init.normal_(layer.weight, std=.01, generator=torch.Generator().manual_seed(seed)); nn.init.zeros_(layer.bias)
     return layer
 
+# %% ../nbs/03_finetune.ipynb #f25db0e3
+class SeededOrder(Sampler):
+    "Every position once, each with a seed for what is drawn there."
+    def __init__(self,
+        n:int, # number of positions
+        generator:torch.Generator, # of order and seeds
+        shuffle:bool=True,
+    ): self.n,self.generator,self.shuffle = n,generator,shuffle
+    def __len__(self): return self.n
+    def __iter__(self):
+        order = torch.randperm(self.n, generator=self.generator) if self.shuffle else torch.arange(self.n)
+        return zip(order.tolist(), torch.randint(2**63-1, (self.n,), generator=self.generator).tolist())
+
+# %% ../nbs/03_finetune.ipynb #6c81d6db
+class SeededPhotographs(Dataset):
+    "Items of a dataset by position and seed; torch's generator stays where it is."
+    def __init__(self,
+        items:ChurchDataset, # whose transform draws from torch's generator
+    ): self.items,self.names = items,items.names
+    def __len__(self): return len(self.items)
+    def __getitem__(self,
+        place:tuple, # position and seed, of `SeededOrder`
+    )->dict:
+        generator,(i,seed) = torch.random.default_generator,place
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        try: return self.items[i]
+        finally: generator.set_state(state)
+
 # %% ../nbs/03_finetune.ipynb #506d5393
 def _stack(items): return torch.stack([i['image'] for i in items]), torch.tensor([i['label'] for i in items])
 
@@ -131,16 +163,17 @@ def image_loader(
     augment:bool=False, # the plan's training augmentation
     shuffle:bool=False,
     batch:int=32,
-    seed:int=0, # of the order; augmentation draws from torch's global generator
-    workers:int=0, # processes that decode; 0 keeps one order of random draws
+    seed:int=0, # of order and augmentation
+    workers:int=0, # processes that decode; 0: this one
     prepared:bool=False, # read prepared copies where there are any; not for a measurement
 )->DataLoader: # of (images (B, 3, s, s) in [0, 1], labels (B,))
     "Batches of photographs with their classes."
     if lost := [n for n in names if n not in labels.index]: raise ValueError(f"{len(lost)} images have no class: {lost[:3]}")
     ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels, prepared)
+    how = dict(batch_size=batch, collate_fn=_stack, num_workers=workers, pin_memory=torch.cuda.is_available())
+    if not augment and not shuffle: return DataLoader(ds, **how)
     order = torch.Generator().manual_seed(seed)
-    return DataLoader(ds, batch, shuffle=shuffle, collate_fn=_stack, num_workers=workers, generator=order,
-                      persistent_workers=workers>0, pin_memory=torch.cuda.is_available())
+    return DataLoader(SeededPhotographs(ds), sampler=SeededOrder(len(ds), order, shuffle), generator=order, **how)
 
 # %% ../nbs/03_finetune.ipynb #37d6abcd
 @torch.no_grad()
@@ -154,34 +187,38 @@ def predict(
     out = [(model(x.to(device)).float().cpu(), t) for x,t in loader]
     return torch.cat([o for o,_ in out]), torch.cat([t for _,t in out])
 
-def _validate(model, loader, weight, device):
-    logits,t = predict(model, loader, device)
+def _validate(model, loader, weight, device, team):
+    logits,t = (torch.cat(parts) for parts in zip(*team.gather(predict(model, loader, device))))
     true_and_said = t.numpy(),logits.argmax(1).numpy()
     scores = classification_scores(*true_and_said)|{f'recall_{CLASSES[c].lower()}':r for c,r in class_recalls(*true_and_said).items()}
     return dict(val_loss=F.cross_entropy(logits, t, weight).item(), **{f'val_{k}':v for k,v in scores.items()})
 
-def _backward(forward, x, t, weight, recipe):
+def _backward(forward, x, t, weight, recipe, team):
     "Gradients of one batch; its loss."
-    total,loss = weight[t].sum(),0.
-    for xs,ts in zip(x.chunk(recipe.accumulate), t.chunk(recipe.accumulate)):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision=='bfloat16'): logits = forward(xs)
-        part = F.cross_entropy(logits.float(), ts, weight, reduction='sum')/total
-        part.backward()
-        loss += part.item()
+    total,loss = team.total(weight[t].sum()),0.
+    parts = list(zip(x.chunk(recipe.accumulate), t.chunk(recipe.accumulate)))
+    for i,(xs,ts) in enumerate(parts):
+        with team.without_sum(forward) if i+1<len(parts) else nullcontext():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision=='bfloat16'): logits = forward(xs)
+            part = F.cross_entropy(logits.float(), ts, weight, reduction='sum')/total
+            (part*team.n).backward()
+        loss += part.detach()
+    loss = team.total(loss).item()
     if not math.isfinite(loss): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
     return loss
 
-def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device):
+def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, team):
     "One pass: mean loss, mean gradient norm before clipping, images per second."
     start,losses,norms,sizes = time.perf_counter(),[],[],[]
     params = [p for g in optimizer.param_groups for p in g['params']]
     for x,t in loader:
         optimizer.zero_grad()
-        losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe))
+        losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe, team))
         norms.append(nn.utils.clip_grad_norm_(params, recipe.clip or math.inf).item())
         optimizer.step(); schedule.step()
         sizes.append(len(t))
-    return dict(train_loss=np.average(losses, weights=sizes), grad_norm=np.mean(norms), images_per_second=sum(sizes)/(time.perf_counter()-start))
+    sizes = np.sum(team.gather(sizes), axis=0)
+    return dict(train_loss=np.average(losses, weights=sizes), grad_norm=np.mean(norms), images_per_second=sizes.sum()/(time.perf_counter()-start))
 
 # %% ../nbs/03_finetune.ipynb #8f284bc7
 @dataclass(frozen=True)
@@ -192,11 +229,11 @@ class Trained:
     best:dict # the same after the best epoch on validation; empty where that is the last
     best_epoch:int # from 1
 
-def _training_key(groups, loader, recipe, seed):
+def _training_key(groups, loader, recipe, seed, n):
     "What a training depends on, in short."
     shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
     names = getattr(loader.dataset, 'names', len(loader.dataset))
-    return hashlib.sha256(repr((asdict(recipe), seed, shapes, names)).encode()).hexdigest()
+    return hashlib.sha256(repr((asdict(recipe), seed, shapes, names, n)).encode()).hexdigest()
 
 # %% ../nbs/03_finetune.ipynb #cc393dce
 def train(
@@ -205,33 +242,38 @@ def train(
     loaders:tuple, # training and validation loader; the first one with a generator of its own
     weight:torch.Tensor, # (classes,) weights of the loss
     recipe:Recipe,
-    seed:int=0, # of augmentation and dropout
+    seed:int=0, # of dropout
     device:str='cpu',
     train_mode=None, # called before each epoch; None: `model.train`
-    folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for; None: nowhere
+    folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for, and history.csv grows; None: nowhere
 )->Trained:
     "Train for `recipe.epochs`, or until patience ends, and put the chosen epoch into the model."
-    training,validation = loaders
+    (training,validation),team = loaders,Team()
+    mine = team.share(training),team.share(validation, every=False)
     weight,steps = weight.to(device),recipe.epochs*len(training)
     groups = [dict(g, params=list(g['params']), initial_lr=g['lr']) for g in groups]
-    key = _training_key(groups, training, recipe, seed)
+    key = _training_key(groups, training, recipe, seed, team.n)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     checkpoint = Checkpoint(Path(folder)/'checkpoint.safetensors', key) if folder else None
-    forward = torch.compile(model) if recipe.compiled else model
+    forward = torch.compile(team.wrap(model)) if recipe.compiled else team.wrap(model)
     with torch.random.fork_rng(devices=[torch.device(device)] if str(device).startswith('cuda') else []):
-        torch.manual_seed(seed)
-        notes,best = checkpoint.load(model, optimizer, training.generator) if checkpoint else (None,{})
+        torch.manual_seed(seed+1_000_003*team.rank) # processes drop out different things
+        notes,best = checkpoint.load(model, optimizer, training.generator, team.rank) if checkpoint else (None,{})
         rows = notes['rows'] if notes else []
         best_epoch = notes['best_epoch'] if notes else 0
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, steps, recipe.warmup), last_epoch=len(rows)*len(training)-1)
         while len(rows)<recipe.epochs and not (recipe.patience and rows and len(rows)-best_epoch>=recipe.patience):
             (train_mode or model.train)()
             rates = {f"lr_{g.get('name', i)}":g['lr'] for i,g in enumerate(optimizer.param_groups)}
-            row = dict(epoch=len(rows)+1, **_train_epoch(forward, training, optimizer, schedule, weight, recipe, device), **rates)
-            rows.append(row|_validate(model, validation, weight.cpu(), device))
+            row = dict(epoch=len(rows)+1, **_train_epoch(forward, mine[0], optimizer, schedule, weight, recipe, device, team), **rates)
+            rows.append(row|_validate(model, mine[1], weight.cpu(), device, team))
             score = 'val_balanced_accuracy'
             if not best_epoch or rows[-1][score]>rows[best_epoch-1][score]: best,best_epoch = trained_tensors(model),len(rows)
-            if checkpoint: checkpoint.save(model, optimizer, training.generator, dict(rows=rows, best_epoch=best_epoch), best)
+            if checkpoint:
+                chance = team.gather(random_state())
+                if team.rank==0:
+                    checkpoint.save(model, optimizer, training.generator, dict(rows=rows, best_epoch=best_epoch), best, chance)
+                    write_file(Path(folder)/'history.csv', lambda p: pd.DataFrame(rows).to_csv(p, index=False))
     last = trained_tensors(model)
     if recipe.select=='best': put_tensors(model, best)
     model.eval()

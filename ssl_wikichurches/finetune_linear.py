@@ -8,7 +8,7 @@ __all__ = ['STRENGTHS', 'LinearRecipe', 'pooled_features', 'training_features', 
 # %% ../nbs/03_finetune_linear.ipynb #fb82f196
 import os
 from dataclasses import dataclass
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -52,9 +52,8 @@ def training_features(
 )->TensorDataset: # of (feature (dim,), label), the photographs as they are, then their views
     "Features of the training photographs, and of `recipe.views` augmented views of each."
     parts = [pooled_features(backbone, data.loader('train', recipe.batch), device)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts += [pooled_features(backbone, data.loader('train', recipe.batch, augment=True), device) for _ in range(recipe.views)]
+    seeds = np.random.SeedSequence(seed).generate_state(recipe.views).tolist()
+    parts += [pooled_features(backbone, data.loader('train', recipe.batch, augment=True, seed=s), device) for s in seeds]
     return TensorDataset(*(torch.cat([p.tensors[i] for p in parts]) for i in (0,1)))
 
 # %% ../nbs/03_finetune_linear.ipynb #136ddb54

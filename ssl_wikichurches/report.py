@@ -23,7 +23,7 @@ from .experiments import load_maps
 from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot
-from .results import complete_runs, missing_runs, read_study, study_scores, study_table
+from .results import complete_runs, cost_table, missing_runs, read_study, study_scores, study_table
 from .splits import class_labels
 
 # %% ../nbs/06b_report.ipynb #01a99f9e
@@ -103,6 +103,8 @@ shift is zero by construction and was checked to be exactly zero. d_z and d_av c
 <h2>Accuracy on the held-out images</h2><div class="wide">{{ accuracy }}</div>
 <p class="note">Means over seeds; <i>test</i> is the official test list, where the labels bring one. Always naming the most frequent style of these images would give an accuracy of
 {{ '%.3f'|format(majority) }} and a balanced accuracy of 0.25.</p>
+<h2>What it cost</h2><div class="wide">{{ costs }}</div>
+<p class="note">Seconds of a whole run, averaged over seeds; runs may have shared the machine with others.</p>
 <h2>Before and after</h2><p class="note">For each model: the images with the smallest, the median and the largest shift. Maps of the last block,
 mean over heads; the two maps of a row share one scale, the last panel is their difference (red: more attention than before). Colors end at
 the 98th percentile.</p>
@@ -169,7 +171,7 @@ def write_report(
     table = study_table(root, metric)
     text = readable_table(table)
     accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1'))]]
-    shown = dict(forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy),
+    shown = dict(forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
     return write_file(path or Path(root)/'report.html', lambda p: p.write_text(html, encoding='utf-8'))

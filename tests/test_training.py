@@ -9,6 +9,7 @@ from ssl_wikichurches import finetune
 from ssl_wikichurches.attention import pooled_maps
 from ssl_wikichurches.backbones import TINY, load_backbone
 from ssl_wikichurches.checkpoint import put_tensors, read_tensors, trained_tensors
+from ssl_wikichurches.devices import Team
 from ssl_wikichurches.experiments import TIERS, Study, run_study
 from ssl_wikichurches.finetune import Recipe, StyleModel, make_recipe, new_classifier, predict
 from ssl_wikichurches.finetune_full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
@@ -105,7 +106,7 @@ def one_step(recipe, seed=0):
     model = StyleModel(b := load_backbone('tiny-dinov3'), new_classifier(b.dim, seed)).eval()
     g = torch.Generator().manual_seed(seed)
     x,t = torch.rand(8, 3, 96, 96, generator=g),torch.randint(4, (8,), generator=g)
-    loss = finetune._backward(model, x, t, torch.tensor([1.,2.,3.,4.]), recipe)
+    loss = finetune._backward(model, x, t, torch.tensor([1.,2.,3.,4.]), recipe, Team())
     return loss,{k:p.grad for k,p in model.named_parameters() if p.grad is not None}
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole():

@@ -1,0 +1,111 @@
+"One training in two processes gives what it gives in one."
+import json, os
+import torch, pandas as pd, pytest
+from dataclasses import replace
+from multiprocessing import get_context
+from torch.utils.data import DataLoader, TensorDataset
+from ssl_wikichurches import experiments, finetune
+from ssl_wikichurches.backbones import load_backbone
+from ssl_wikichurches.devices import BatchShares, Team, launch
+from ssl_wikichurches.experiments import Study, gpu_groups, load_maps, run_study
+from ssl_wikichurches.finetune_full import FullRecipe, fit_full
+from ssl_wikichurches.finetune_lora import LoraRecipe, fit_lora
+
+RECIPES = dict(full=FullRecipe(epochs=2, batch=30, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=30, lr=1e-3, dropout=0.))
+FITS = dict(full=fit_full, lora=fit_lora)
+
+def numbers(history): return history.drop(columns='images_per_second')
+
+def trained(data, tiers, folder=None, stop=None):
+    "Fits of a clip toy, one tier after the other; killed in the given step of all."
+    if stop is not None:
+        real,steps = finetune._backward,iter(range(10**6))
+        def backward(*args):
+            if next(steps)==stop: raise RuntimeError("out of power")
+            return real(*args)
+        finetune._backward = backward
+    fits = [FITS[t](load_backbone('tiny-clip'), data, RECIPES[t], 0, 'cpu', folder) for t in tiers]
+    return [(f.history, f.state, Team().n) for f in fits]
+
+@pytest.fixture(scope='module')
+def pair(data): return launch(2, trained, data, ['full','lora']),trained(data, ['full','lora'])
+
+@pytest.mark.parametrize('i', [0,1])
+def test_two_processes_train_as_one(pair, i):
+    (shared,weights,n),(alone,own,one) = (p[i] for p in pair)
+    assert (n,one)==(2,1)
+    pd.testing.assert_frame_equal(numbers(shared), numbers(alone), rtol=2e-4, atol=1e-6)
+    start = load_backbone('tiny-clip').state_dict()
+    assert weights.keys()==own.keys()
+    moved = [(own[k]-start.get(k.removeprefix('backbone.'), torch.zeros(()))).abs().max() for k in own]
+    gaps = [(weights[k]-own[k]).abs().max() for k in own]
+    assert max(gaps)<.02*max(moved) and max(moved)>1e-5
+
+def test_two_processes_resume_to_the_same_bits(data, tmp_path, pair):
+    with pytest.raises(Exception, match='out of power|terminated'): launch(2, trained, data, ['full'], tmp_path, 5)
+    assert (tmp_path/'checkpoint.safetensors').is_file()
+    with pytest.raises(ValueError, match='another training'): trained(data, ['full'], tmp_path) # of one process
+    (history,weights,_), = launch(2, trained, data, ['full'], tmp_path)
+    whole = pair[0][0]
+    assert all(torch.equal(v, whole[1][k]) for k,v in weights.items())
+    pd.testing.assert_frame_equal(numbers(history), numbers(whole[0]), check_exact=True)
+
+@pytest.mark.parametrize('n', [1,2,3,7])
+def test_shares_are_a_partition(n):
+    batches = [list(range(10)), list(range(10,13))]
+    for b in range(2):
+        assert sorted(i for r in range(n) for s in BatchShares([batches[b]], r, n) for i in s)==batches[b]
+    sizes = [len(s) for r in range(n) for s in BatchShares([batches[0]], r, n)]
+    assert max(sizes)-min(sizes)<=1
+
+def team(n, rank=0):
+    t = Team(); t.n,t.rank = n,rank
+    return t
+
+def test_batches_that_are_too_small_for_a_team():
+    loader = DataLoader(TensorDataset(torch.arange(9)), 4) # 4, 4, 1
+    with pytest.raises(ValueError, match='too few for 2 processes'): team(2).share(loader)
+    assert [len(x) for x, in team(2, 1).share(loader, every=False)]==[2,2]
+    with pytest.raises(ValueError, match='too few for 5'): team(5).share(loader, every=False)
+
+def broken(): raise OSError('no such thing')
+
+def test_what_goes_wrong_in_a_team_is_told():
+    with pytest.raises(Exception, match='no such thing'): launch(2, broken)
+
+def test_augmentation_follows_from_seeds_alone(data):
+    "Two decoding processes, a share of each batch, and the loader alone draw the same pixels."
+    loader = lambda workers: replace(data, workers=workers).loader('train', 8, augment=True, shuffle=True, seed=3)
+    torch.manual_seed(1); before = torch.get_rng_state()
+    (x,t),(y,u) = ([torch.cat(p) for p in zip(*loader(w))] for w in (0,2))
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, y) and torch.equal(t, u)
+    half = [b for b,_ in team(2, 1).share(loader(0), every=False)]
+    assert torch.equal(half[0], x[:8][1::2])
+    again = loader(0); first = torch.cat([b for b,_ in again]); second = torch.cat([b for b,_ in again])
+    assert torch.equal(first, x) and not torch.equal(second, x) # every epoch draws anew
+
+@pytest.mark.parametrize('visible,size,groups', [(None,1,['0','1','2']), (None,2,['0,1']), ('5,7,2',1,['5','7','2']), ('5,7,2',3,['5,7,2'])])
+def test_groups_of_gpus(visible, size, groups, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
+    if visible: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    else: monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert gpu_groups(size)==groups
+    with pytest.raises(ValueError, match='4 processes on 3 GPUs'): gpu_groups(4)
+
+def test_every_worker_has_its_own_gpus(monkeypatch):
+    taken,places = get_context('spawn').Value('i', 0),[]
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    for _ in range(3):
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+        experiments._take_place(1, ['0,1','2,3','4,5'], taken)
+        places.append(os.environ['CUDA_VISIBLE_DEVICES'])
+    assert places==['0,1','2,3','4,5']
+
+def test_a_study_whose_trainings_are_shared(drawn, tmp_path):
+    study = Study('s', str(drawn), ('tiny-clip',), ('linear','full'), size=64, val=.3, recipes=dict(linear=dict(epochs=2), full=dict(epochs=2, batch=10, backbone_lr=1e-4)))
+    roots = [run_study(study, tmp_path/str(n), workers=1, processes=n, progress=False) for n in (1,2)]
+    facts = [json.loads((r/'tiny-clip-full-seed0/run.json').read_text()) for r in roots]
+    assert [f['processes'] for f in facts]==[1,2] and facts[0]['scores']==facts[1]['scores']
+    a,b = (load_maps(r/'tiny-clip-full-seed0')[1] for r in roots)
+    frozen = load_maps(roots[0]/'tiny-clip-frozen')[1]
+    assert (a-b).abs().max()<.05*(a-frozen).abs().max() and (a-frozen).abs().max()>0
