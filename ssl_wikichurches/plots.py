@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from .metrics import upsample
 
 # %% ../nbs/02c_plots.ipynb #33675646
@@ -86,6 +87,7 @@ def history_plot(
     for c in history.filter(like='val_recall_'): axs[1].plot(history.index, history[c], lw=1, label=c.rpartition('_')[2].title())
     axs[1].plot(history.index, history.val_balanced_accuracy, color='k', lw=2, label='balanced accuracy')
     axs[0].set(xlabel='epoch', ylabel='weighted cross-entropy'); axs[1].set(xlabel='epoch', ylabel='recall on validation', ylim=(-.03,1.03))
+    for ax in axs: ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axs[0].legend(fontsize=8, frameon=False); axs[1].legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
