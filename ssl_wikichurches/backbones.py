@@ -117,6 +117,13 @@ class Backbone(nn.Module):
         self.native = hf.image_size if hf else spec.size
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(spec, k)).view(3,1,1), persistent=False)
 
+    @property
+    def layers(self)->list: # of `depth` modules
+        "The transformer blocks, first to last, under whatever name the library gives them."
+        found = [m for n,m in self.model.named_modules() if re.search(r'(^|\.)(layers?|blocks)\.\d+$', n)]
+        if len(found)!=self.depth: raise ValueError(f"{self.spec.name} has {self.depth} blocks, but {len(found)} were found")
+        return found
+
     def _inputs(self, images):
         "What the library's module is called with."
         s = self.spec.size

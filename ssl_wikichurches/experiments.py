@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'DEMO', 'PACKAGES', 'Tier', 'Study', 'as_study', 'load_study', 'Run', 'data_key', 'study_runs',
-           'check_recipe', 'measure', 'load_maps', 'versions', 'execute', 'best_device', 'gpu_groups',
-           'default_executor', 'run_study']
+           'check_recipe', 'measure', 'versions', 'execute', 'best_device', 'gpu_groups', 'default_executor',
+           'run_study']
 
 # %% ../nbs/06_experiments.ipynb #7dd9bb63
 import hashlib, importlib.metadata, json, os, platform, re, subprocess, time, tomllib
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from .atomic import available_cores, worker_pool, write_file, write_json
-from .attention import pooled_maps
 from .backbones import Backbone, load_backbone
 from .checkpoint import read_tensors, write_tensors
 from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, eval_transform
@@ -29,6 +28,7 @@ from .finetune_full import FullRecipe, fit_full, restore_full
 from .finetune_linear import LinearRecipe, fit_linear, restore_linear
 from .finetune_lp_ft import LpFtRecipe, fit_lp_ft
 from .finetune_lora import LoraRecipe, fit_lora, restore_lora
+from .maps import compute_maps, join_maps, save_maps
 from .metrics import score_maps
 from .splits import LABELS, Split, NO_PAIRS, class_labels, evaluation_split, load_split, make_split, save_split, study_split
 
@@ -178,30 +178,19 @@ def measure(
     data:TrainData, # its evaluation images are measured
     device:str='cpu',
     batch:int=32,
-)->tuple: # names of the images with a box in view; maps (n, L, H, g, g) float16; masks (n, s, s) bool
-    "Pooling maps and box masks of the evaluation images."
+)->tuple: # `StoredMaps` of the images with a box in view; their masks (n, s, s) bool
+    "Maps and box masks of the evaluation images."
     ds = ChurchDataset(data.churches, data.split.eval, eval_transform(data.size, data.geometry))
     backbone = backbone.eval().requires_grad_(False).to(device)
-    names,maps,masks = [],[],[]
+    parts,masks = [],[]
     for start in range(0, len(ds), batch):
         items = [ds[i] for i in range(start, min(start+batch, len(ds)))]
         seen = [(item,mask) for item in items if (mask := box_mask(item['boxes'], data.size)).any()]
         if not seen: continue
-        names += [item['name'] for item,_ in seen]
+        parts.append(compute_maps(backbone, [item['name'] for item,_ in seen], torch.stack([item['image'] for item,_ in seen]).to(device)))
         masks += [mask for _,mask in seen]
-        maps.append(pooled_maps(backbone, torch.stack([item['image'] for item,_ in seen]).to(device)).half().cpu())
-    if not names: raise ValueError(f"no evaluation image has a box in view at geometry {data.geometry!r}")
-    return names, torch.cat(maps), torch.stack(masks)
-
-# %% ../nbs/06_experiments.ipynb #4d3590d5
-def _save_maps(folder, names, maps): write_tensors(folder/'maps.safetensors', dict(maps=maps), dict(images=json.dumps(names)))
-
-def load_maps(
-    folder:str|os.PathLike, # of a run
-)->tuple: # image names; maps (n, L, H, g, g) float32
-    "The stored maps of a run."
-    tensors,texts = read_tensors(Path(folder)/'maps.safetensors')
-    return json.loads(texts['images']),tensors['maps'].float()
+    if not parts: raise ValueError(f"no evaluation image has a box in view at geometry {data.geometry!r}")
+    return join_maps(parts), torch.stack(masks)
 
 # %% ../nbs/06_experiments.ipynb #44610ffb
 PACKAGES = ('torch', 'torchvision', 'timm', 'transformers', 'peft', 'numpy', 'scipy', 'statsmodels', 'scikit-learn')
@@ -271,11 +260,11 @@ def execute(
         together = processes>1 and run.tier!='linear'
         backbone,fit_facts = _fit_together(run, root, folder, backbone, processes, loaders) if together else _fit(run, data, backbone, folder, device)
         facts |= fit_facts
-    names,maps,masks = measure(backbone, data, device)
-    _save_maps(folder, names, maps)
-    scores = score_maps(maps.float(), masks, names)
+    stored,masks = measure(backbone, data, device)
+    save_maps(folder/'maps.safetensors', stored)
+    scores = score_maps(stored.maps.float(), masks, stored.images)
     write_file(folder/'metrics.parquet', lambda p: scores.to_parquet(p, index=False))
-    facts |= dict(n_measured=len(names), seconds=round(time.time()-start, 1), processor=_processor(device), versions=versions())
+    facts |= dict(n_measured=len(stored.images), seconds=round(time.time()-start, 1), processor=_processor(device), versions=versions())
     write_json(folder/'run.json', facts)
     for left in (*folder.glob('.*'), folder/'checkpoint.safetensors'): left.unlink(missing_ok=True) # by a killed attempt; what training needed
     return run.name

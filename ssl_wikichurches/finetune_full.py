@@ -60,8 +60,6 @@ def stochastic_depth(
     rate:float, # chance to skip the last block, in [0, 1); 0 changes nothing
 ):
     "Within the context blocks are skipped at random in training (Huang et al., 2016)."
-    blocks = [m for n,m in backbone.model.named_modules() if re.search(r'(^|\.)(layers?|blocks)\.\d+$', n)]
-    if len(blocks)!=backbone.depth: raise ValueError(f"{backbone.spec.name} has {backbone.depth} blocks, but {len(blocks)} were found")
     def hook(keep):
         def skip(module, args, kwargs, out):
             if not module.training: return out
@@ -69,7 +67,7 @@ def stochastic_depth(
             new = x+(y-x)*(torch.rand(len(x), 1, 1, device=x.device)<keep)/keep
             return (new, *out[1:]) if isinstance(out, tuple) else new
         return skip
-    hooks = [b.register_forward_hook(hook(1-rate*(i+1)/len(blocks)), with_kwargs=True) for i,b in enumerate(blocks)] if rate else []
+    hooks = [b.register_forward_hook(hook(1-rate*(i+1)/backbone.depth), with_kwargs=True) for i,b in enumerate(backbone.layers)] if rate else []
     try: yield
     finally:
         for h in hooks: h.remove()

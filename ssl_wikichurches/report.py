@@ -19,8 +19,8 @@ from .data import ChurchDataset, Churches, boxes_in_view, eval_transform
 from .download import load_churches
 from .atomic import write_file
 from .checkpoint import write_tensors
-from .experiments import load_maps
 from .iou_stats import readable_table
+from .maps import load_maps
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot
 from .results import complete_runs, cost_table, missing_runs, read_study, study_scores, study_table
@@ -43,8 +43,8 @@ class Example(NamedTuple):
     after:float
 
 def _mean_map(folder, image):
-    names,maps = load_maps(folder)
-    return maps[names.index(image), -1].mean(dim=0)
+    stored = load_maps(folder)
+    return stored.maps[stored.images.index(image), -1].mean(dim=0)
 
 def examples(
     root:str|os.PathLike, # folder of a study

@@ -1,12 +1,15 @@
 "Captured attention against independent oracles, and what capturing must leave alone."
-import gc
+import gc, math
+from dataclasses import replace
 import peft, pytest, timm, torch, torchvision
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig
 from ssl_wikichurches import backbones
-from ssl_wikichurches.attention import attention_weights, capture_attention, pooled_maps, read_pooled, received_maps
+from ssl_wikichurches.attention import (AttentionCall, artifact_patches, attention_weights, capture_attention, fuse_heads, maps_and_prefix, mask_patches,
+                                        pooled_maps, prefix_mass, read_pooled, received_maps, regrid)
 from ssl_wikichurches.backbones import BACKBONES, TINY, Backbone, load_backbone
 
 HUGGING = [k for k in TINY if k!='tiny-supervised']
@@ -168,27 +171,30 @@ def test_peft_wrapped(name):
     frozen = load_backbone(name).requires_grad_(False); before = pooled_maps(frozen, images())
     b = load_backbone(name).requires_grad_(False)
     targets = [n for block in backbones.attention_projections(b) for k,n in block.items() if k!='k']
-    b.model = peft.get_peft_model(b.model, peft.LoraConfig(target_modules=targets, r=4, lora_dropout=.1)); b.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        b.model = peft.get_peft_model(b.model, peft.LoraConfig(target_modules=targets, r=4, lora_dropout=.1)); b.eval()
     assert torch.equal(pooled_maps(b, images()), before)
     with torch.no_grad():
         for n,p in b.named_parameters():
             if 'lora_B' in n: p.normal_(std=.3, generator=torch.Generator().manual_seed(0))
     moved = pooled_maps(b, images())
     assert (moved-before).abs().max()>1e-5
-    if b.spec.family!='timm':
+    if b.spec.family!='timm': # in double precision: the adapted blocks carry rounding that reaches the tolerance
+        x = images().double(); b.double()
         with torch.no_grad():
-            with capture_attention() as seen: plain = b(images())
-            assert torch.equal(plain, b(images()))
-        oracle = eager_rows_of(b)
+            with capture_attention() as seen: plain = b(x)
+            assert torch.equal(plain, b(x))
+        oracle = eager_rows_of(b, x); b.float()
         assert max((r.weights-o[:,:,:1]).abs().max().item() for r,o in zip(seen.records, oracle))<=TOLERANCE
     b.model = b.model.merge_and_unload()
     torch.testing.assert_close(pooled_maps(b.eval(), images()), moved, atol=1e-5, rtol=1e-4)
 
-def eager_rows_of(b):
+def eager_rows_of(b, x):
     wrapped = b.model
     base = wrapped.get_base_model()
     b.model = base
-    try: return eager_rows(b, images())
+    try: return eager_rows(b, x)
     finally: b.model = wrapped
 
 # ---- gradients
@@ -358,3 +364,251 @@ def test_real_vit_tiny(real):
     maps = pooled_maps(b, x)
     check(b.double(), x.double()) # its weights reach 1, where float32 rounds by more than the tolerance over twelve blocks
     assert maps.shape==(2,12,3,14,14) and maps[:,-1].flatten(-2).max()*196>5 # trained attention is far from even
+
+# ---- reading what is wanted
+
+@pytest.mark.parametrize('name', TINY)
+def test_rows_and_heads_are_those_of_the_whole(name):
+    "Any slice that a reader asks for, during the same call, and the same slices of a full capture."
+    b = load_backbone(name)
+    def read(call):
+        whole = call.weights()
+        assert (call.n_heads, call.n_keys)==(whole.shape[1], whole.shape[3])==(b.n_heads, b.spec.n_prefix+144) and call.value.shape==(2,4,call.n_keys,24)
+        for rows,heads in ((slice(1),slice(2,3)), (slice(5,None),slice(None)), (slice(None),slice(1,3))):
+            torch.testing.assert_close(call.weights(rows, heads), whole[:,heads,rows], atol=1e-7, rtol=1e-5)
+        return call
+    with torch.no_grad():
+        with capture_attention(read=read) as seen: watched = b(images())
+        assert torch.equal(watched, b(images()))
+        with capture_attention(full=True, read=read) as full: b(images())
+    assert all(c.matrix is None for c in seen.records) and all(c.weights() is c.matrix for c in full.records)
+    assert seen.n_keys==[c.n_keys for c in seen.records] and all(isinstance(c, AttentionCall) for c in seen.records)
+
+def test_heads_and_rows_with_every_option():
+    for mask in MASKS:
+        for groups in (1, 2):
+            q,k,_ = random_qkv(groups); options = dict(attn_mask=MASKS[mask], enable_gqa=groups>1)
+            whole = attention_weights(q, k, **options)
+            for heads in (slice(1,2), slice(2,4)): # rounding depends on how many heads are multiplied at once
+                torch.testing.assert_close(attention_weights(q, k, heads=heads, rows=slice(2,5), **options), whole[:,heads,2:5], atol=1e-6, rtol=1e-5)
+
+def test_nothing_is_computed_that_is_not_asked_for(monkeypatch):
+    from ssl_wikichurches import attention
+    def refuse(*args, **kwargs): raise AssertionError('weights were computed')
+    monkeypatch.setattr(attention, 'attention_weights', refuse); monkeypatch.setattr(attention, '_mha_weights', refuse); monkeypatch.setattr(attention, '_mha_value', refuse)
+    b = load_backbone('tiny-siglip')
+    with torch.no_grad(), capture_attention(read=lambda call: call.kind) as seen: b(images())
+    assert seen.records==['sdpa']*4+['mha']
+    with pytest.raises(AssertionError, match='weights were computed'): pooled_maps(b, images())
+
+@pytest.mark.parametrize('name', ('tiny-siglip','tiny-siglip2'))
+@torch.no_grad()
+def test_output_of_the_pooling_head_from_its_weights(name):
+    "Captured weights times values, through the projection, is what nn.MultiheadAttention returned."
+    b = load_backbone(name); out = []
+    hook = b.model.head.attention.register_forward_hook(lambda m,i,o: out.append(o[0]))
+    with capture_attention(read=lambda call: call) as seen: b(images())
+    hook.remove(); call = seen.records[-1]
+    rebuilt = F.linear((call.weights()@call.value).transpose(1,2).flatten(2), *call.out_proj)
+    torch.testing.assert_close(rebuilt, out[0], atol=1e-6, rtol=1e-5)
+
+@torch.no_grad()
+def test_output_of_timm_s_pooling_head_from_its_weights():
+    b = timm_model('vit_base_patch16_siglip_224'); entered = []
+    hook = b.model.attn_pool.proj.register_forward_pre_hook(lambda m,a: entered.append(a[0]))
+    with capture_attention(read=lambda call: call) as seen: b(images(64))
+    hook.remove(); call = seen.records[-1]
+    torch.testing.assert_close((call.weights()@call.value).transpose(1,2).flatten(2), entered[0], atol=1e-6, rtol=1e-5)
+
+def timm_model(architecture):
+    options = dict(depth=3, embed_dim=96, num_heads=4, img_size=64, patch_size=16)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.random.default_generator.manual_seed(2)
+        model = backbones._build_timm(architecture, **options)
+        for k,p in model.named_parameters():
+            if 'gamma' in k: p.fill_(1.)
+            elif p.ndim>1 and 'attn' in k: p.mul_(4)
+    return backbones._load_timm(architecture, lambda m: model.state_dict(), architecture, options).eval()
+
+@pytest.mark.parametrize('architecture', ('vit_base_patch16_dinov3','vit_base_patch14_reg4_dinov2','vit_base_patch16_siglip_224'))
+@torch.no_grad()
+def test_every_block_and_row_of_other_timm_models(architecture):
+    "Rotations, registers and LayerScale kept in parameters: against timm's own slow attention, all rows of all blocks."
+    b = timm_model(architecture)
+    with capture_attention(full=True) as seen: b(images(64))
+    found = []
+    for name,m in b.model.named_modules():
+        if hasattr(m, 'fused_attn'): m.fused_attn = False
+        if name.endswith('attn_drop'): m.register_forward_pre_hook(lambda _,a: found.append(a[0]))
+    b(images(64))
+    assert len(found)==3
+    for r,o in zip(seen.records, found): torch.testing.assert_close(r.weights, o, atol=1e-6, rtol=0)
+    assert max(o.max() for o in found)>.2 # attention is not even
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+def test_weights_of_multihead_attention_are_float32(dtype):
+    mha = nn.MultiheadAttention(16, 4, batch_first=True).to(dtype).eval(); x = torch.randn(2,5,16).to(dtype)
+    for full in (False, True):
+        with torch.no_grad(), capture_attention(full) as seen: out,weights = mha(x, x, x)
+        assert seen.records[0].weights.dtype==torch.float32 and out.dtype==weights.dtype==dtype
+    def read(call): return call.value
+    with torch.no_grad(), capture_attention(read=read) as seen: mha(x, x, x)
+    assert seen.records[0].dtype==dtype
+
+def test_values_that_cannot_be_read_are_refused():
+    x = torch.randn(1,3,8)
+    for options in (dict(add_bias_kv=True), dict(add_zero_attn=True)):
+        mha = nn.MultiheadAttention(8, 2, batch_first=True, **options).eval()
+        with pytest.raises(NotImplementedError, match='full=False'):
+            with capture_attention(full=True): mha(x, x, x)
+        with capture_attention() as seen: mha(x, x, x)
+        assert seen.n_keys==[4] and seen.records[0].weights.shape==(1,2,1,4)
+
+# ---- received attention, prefix, fusing
+
+@pytest.mark.parametrize('name', TINY)
+@torch.no_grad()
+def test_received_is_the_mean_of_slow_matrices(name):
+    b = load_backbone(name); x = images(); n = b.spec.n_prefix
+    slow = timm_rows(b, x) if b.spec.family=='timm' else eager_rows(b, x)
+    expected = torch.stack([m[:,:,n:,n:].mean(2) for m in slow], 1).unflatten(-1, (12,12))
+    torch.testing.assert_close(received_maps(b, x), expected, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match='backbone.eval'): received_maps(b.train(), x)
+
+def test_received_does_not_touch_the_fused_call(monkeypatch):
+    "The model's own calls are made as they are, and no tensor holds the matrices of all heads."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Largest(TorchDispatchMode):
+        numel,fused = 0,0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {})); self.fused += 'scaled_dot_product' in str(func)
+            for o in out if isinstance(out, (tuple,list)) else [out]:
+                if isinstance(o, torch.Tensor): self.numel = max(self.numel, o.numel())
+            return out
+    b = load_backbone('tiny-siglip', size=192)
+    with Largest() as seen: received_maps(b, images(192, 1))
+    assert seen.numel<=576**2 and seen.fused>=4
+
+@pytest.mark.parametrize('name', TINY)
+def test_maps_and_prefix_are_one_pass_and_one_row(name):
+    b = load_backbone(name); calls = []
+    hook = b.model.register_forward_hook(lambda *a: calls.append(1))
+    maps,prefix = maps_and_prefix(b, images()); hook.remove()
+    assert len(calls)==1 and torch.equal(maps, pooled_maps(b, images()))
+    assert prefix.shape==(*maps.shape[:3], b.spec.n_prefix) and (prefix>=0).all()
+    torch.testing.assert_close(maps.sum((-2,-1))+prefix.sum(-1), torch.ones(maps.shape[:3]))
+    slow = None if b.spec.pooling=='head' else timm_rows(b, images()) if b.spec.family=='timm' else eager_rows(b, images())
+    if slow is not None: torch.testing.assert_close(prefix, torch.stack([m[:,:,0,:b.spec.n_prefix] for m in slow], 1), atol=1e-6, rtol=0)
+
+def test_prefix_mass_has_expectations_too():
+    with pytest.raises(RuntimeError, match='no attention call was seen'): prefix_mass(load_backbone('tiny-mae'), [])
+
+def test_fusing_heads():
+    maps = torch.rand(2,3,4,5,5, generator=torch.Generator().manual_seed(0))
+    for how,f in (('mean',lambda x: sum(x)/len(x)), ('max',max), ('min',min)):
+        fused = fuse_heads(maps, how); assert fused.shape==(2,3,5,5)
+        torch.testing.assert_close(fused[1,2,3,4].item(), f([maps[1,2,h,3,4].item() for h in range(4)]))
+    with pytest.raises(ValueError, match='expected \\(..., heads, grid, grid\\)'): fuse_heads(maps[0,0,0])
+
+# ---- artifacts
+
+@pytest.mark.parametrize('name', ('tiny-dinov2','tiny-siglip','tiny-supervised'))
+def test_a_long_token_is_an_artifact(name):
+    "One patch, made ten times as long behind a block, and only that one is found."
+    b = load_backbone(name); n = b.spec.n_prefix
+    def lengthen(module, args, out):
+        x = (out[0] if isinstance(out, tuple) else out).clone(); x[0,n+40] *= 10
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+    hook = b.layers[1].register_forward_hook(lengthen)
+    found = artifact_patches(b, images(), block=1); hook.remove()
+    assert found.dtype==torch.bool and found.shape==(2,12,12)
+    assert found[0,3,4] and found[0].sum()==1
+    with torch.no_grad(): norms = b.blocks(images())[:,-1].norm(dim=-1)
+    for i in range(2):
+        z = (norms[i]-norms[i].mean())/norms[i].std(correction=0)
+        assert torch.equal(artifact_patches(b, images(), sds=1.5)[i].flatten(), z>1.5)
+    assert not artifact_patches(b, images(), sds=12.).any() # none of 144 can be further than the root of 143
+    with pytest.raises(ValueError, match='block is 4'): artifact_patches(b, images(), block=4)
+    with pytest.raises(ValueError, match='backbone.eval'): artifact_patches(b.train(), images())
+
+def test_masking():
+    maps = torch.rand(2,3,4,5,5); odd = torch.zeros(2,5,5, dtype=torch.bool); odd[1,2,3] = True
+    masked = mask_patches(maps, odd)
+    assert (masked[1,:,:,2,3]==0).all() and torch.equal(masked[0], maps[0]) and (masked==0).sum()==12
+    assert mask_patches(maps[:,0,0], odd).shape==(2,5,5) and maps[1,0,0,2,3]>0
+    for wrong in (odd.float(), odd[:1], odd[:,:4]):
+        with pytest.raises(ValueError, match='one grid per image'): mask_patches(maps, wrong)
+
+# ---- grids
+
+@settings(deadline=None, max_examples=60)
+@given(g=st.integers(1, 20), grid=st.integers(1, 20), seed=st.integers(0, 99))
+def test_regrid_is_cutting_and_adding(g, grid, seed):
+    "Each patch is cut into equal squares that both grids share, which are then added up."
+    maps = torch.rand(2,g,g, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    fine = math.lcm(g, grid); cut = fine//g
+    squares = maps.repeat_interleave(cut, 1).repeat_interleave(cut, 2)/cut**2
+    expected = squares.unflatten(2, (grid,-1)).unflatten(1, (grid,-1)).sum((2,4))
+    found = regrid(maps, grid)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(found.sum((1,2)), maps.sum((1,2)))
+    assert (found>=0).all()
+
+def test_regrid_to_itself_and_refusals():
+    maps = torch.rand(3,2,7,7)
+    assert torch.equal(regrid(maps, 7), maps) and regrid(maps.half(), 5).dtype==torch.half
+    torch.testing.assert_close(regrid(regrid(maps, 21), 7), maps) # a finer grid that divides loses nothing
+    for wrong,grid in ((maps[...,:6], 5), (maps, 0), (maps[0,0,0], 3)):
+        with pytest.raises(ValueError, match='expected \\(..., g, g\\)'): regrid(wrong, grid)
+
+# ---- blocks and sizes
+
+@pytest.mark.parametrize('name', TINY)
+def test_layers_are_the_blocks_in_order(name):
+    b = load_backbone(name); order = []
+    hooks = [m.register_forward_hook(lambda m,i,o: order.append(m)) for m in b.layers]
+    with torch.no_grad(): b(images())
+    for h in hooks: h.remove()
+    assert len(order)==b.depth and all(a is m for a,m in zip(order, b.layers))
+    n = len(b.state_dict()); b.layers; assert len(b.state_dict())==n
+    b.model = peft.get_peft_model(b.model, peft.LoraConfig(target_modules=[m for block in backbones.attention_projections(b) for k,m in block.items() if k!='k'], r=2))
+    assert all(a is m for a,m in zip(order, b.layers)) # also when wrapped
+    b.depth = 3
+    with pytest.raises(ValueError, match='has 3 blocks, but 4 were found'): b.layers
+
+SIZES = [(name, size) for name in ('dinov2','dinov3','mae','clip','siglip','siglip2','supervised') for size in (224,336,448,518 if name=='dinov2' else 512)]
+
+@pytest.mark.parametrize('name,size', SIZES)
+@torch.no_grad()
+def test_sizes_of_real_patches(name, size):
+    "The real classes with the real patch and native size, narrow and shallow: positions are stretched by the family itself, and all rows are those of slow attention."
+    spec = replace(BACKBONES[name], size=size)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        if spec.family=='timm': recipe = dict(library='timm', architecture='vit_base_patch16_224', options=dict(embed_dim=32, depth=2, num_heads=2))
+        else:
+            more = dict(num_register_tokens=4) if spec.n_prefix==5 else {}
+            recipe = backbones._hf_recipe(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                                                               image_size=518 if name=='dinov2' else 224, patch_size=spec.patch, **more))
+        b = backbones._as(Backbone(BACKBONES[name], backbones._build(recipe), recipe), spec).eval()
+    for p in (p for k,p in b.model.named_parameters() if ('position' in k or k=='pos_embed')): p.normal_(std=.5, generator=torch.Generator().manual_seed(1))
+    for block in backbones.attention_projections(b):
+        for k in ('q','k','qkv'):
+            if k in block: b.model.get_submodule(block[k]).weight[:64].mul_(8)
+    x = images(size, 1)
+    with capture_attention(full=True) as seen: b(x)
+    with capture_attention() as rows: b(x)
+    oracle = timm_rows(b, x) if spec.family=='timm' else slow_at(b, x)
+    assert seen.records[0].weights.shape[-1]==spec.n_prefix+(size//spec.patch)**2 and len(oracle)==2
+    for full,row,o in zip(seen.records, rows.records, oracle):
+        torch.testing.assert_close(full.weights, o, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(row.weights, o[:,:,:1], atol=1e-6, rtol=1e-4)
+    maps = pooled_maps(b, x); g = size//spec.patch
+    assert maps.shape[-2:]==(g,g) and maps.std()>0
+    torch.testing.assert_close(regrid(maps, 14).sum((-2,-1)), maps.sum((-2,-1)))
+
+def slow_at(b, x):
+    "Slow attention of transformers at an input size that is not the native one."
+    b.model.set_attn_implementation('eager')
+    try: return b.model(**b._inputs(x), output_attentions=True).attentions
+    finally: b.model.set_attn_implementation('sdpa')

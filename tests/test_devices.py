@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from ssl_wikichurches import experiments, finetune
 from ssl_wikichurches.backbones import load_backbone
 from ssl_wikichurches.devices import BatchShares, Team, launch
-from ssl_wikichurches.experiments import Study, gpu_groups, load_maps, run_study
+from ssl_wikichurches.experiments import Study, gpu_groups, run_study
+from ssl_wikichurches.maps import load_maps
 from ssl_wikichurches.finetune_full import FullRecipe, fit_full
 from ssl_wikichurches.finetune_lora import LoraRecipe, fit_lora
 
@@ -106,6 +107,6 @@ def test_a_study_whose_trainings_are_shared(drawn, tmp_path):
     roots = [run_study(study, tmp_path/str(n), workers=1, processes=n, progress=False) for n in (1,2)]
     facts = [json.loads((r/'tiny-clip-full-seed0/run.json').read_text()) for r in roots]
     assert [f['processes'] for f in facts]==[1,2] and facts[0]['scores']==facts[1]['scores']
-    a,b = (load_maps(r/'tiny-clip-full-seed0')[1] for r in roots)
-    frozen = load_maps(roots[0]/'tiny-clip-frozen')[1]
+    a,b = (load_maps(r/'tiny-clip-full-seed0').maps for r in roots)
+    frozen = load_maps(roots[0]/'tiny-clip-frozen').maps
     assert (a-b).abs().max()<.05*(a-frozen).abs().max() and (a-frozen).abs().max()>0

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches import experiments
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.experiments import DEMO, Run, Study, execute, load_maps, load_study, measure, run_study, study_runs
+from ssl_wikichurches.experiments import DEMO, Run, Study, execute, load_study, measure, run_study, study_runs
 from ssl_wikichurches.finetune import StyleModel, predict
 from ssl_wikichurches.report import example_images, examples, load_examples, save_results, write_report
+from ssl_wikichurches.maps import load_maps
 from ssl_wikichurches.results import complete_runs, load_run, missing_runs, read_study, study_scores, study_table
 
 BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
@@ -56,8 +57,9 @@ def test_a_run_is_rebuilt_to_the_last_bit(done, tier):
     folder = done/('tiny-siglip-frozen' if tier=='frozen' else f'tiny-siglip-{tier}-seed0')
     backbone,classifier = load_run(folder)
     data,_ = experiments._prepare(Run(**json.loads((folder/'recipe.json').read_text())), done)
-    names,maps,_ = measure(backbone, data)
-    assert names==load_maps(folder)[0] and torch.equal(maps.float(), load_maps(folder)[1])
+    (found,_),kept = measure(backbone, data),load_maps(folder)
+    assert found.images==kept.images and found.header==kept.header
+    for k in ('maps','prefix','received','artifacts'): assert torch.equal(getattr(found, k).float(), getattr(kept, k))
     if tier=='frozen': assert classifier is None
     else:
         state = load_file(folder/'model.safetensors')
@@ -69,7 +71,8 @@ def test_metrics_can_be_computed_again_from_the_maps(done):
     from ssl_wikichurches.data import ChurchDataset, box_mask, eval_transform
     from ssl_wikichurches.download import load_churches
     from ssl_wikichurches.metrics import score_maps
-    names,maps = load_maps(done/'tiny-clip-full-seed0')
+    stored = load_maps(done/'tiny-clip-full-seed0')
+    names,maps = stored.images,stored.maps
     items = ChurchDataset(load_churches(read_study(done).data), names, eval_transform(64))
     again = score_maps(maps, torch.stack([box_mask(i['boxes'], 64) for i in items]), names)
     pd.testing.assert_frame_equal(again, pd.read_parquet(done/'tiny-clip-full-seed0'/'metrics.parquet'), check_dtype=False)
@@ -198,7 +201,7 @@ def test_seeds_are_averaged_and_counted(drawn, tmp_path):
     root = here(study, tmp_path)
     t,scores = study_table(root), study_scores(root)
     assert t.seeds.tolist()==[2] and t.n.tolist()==[12] and t['shift'].item()==pytest.approx((scores.after-scores.before).mean())
-    assert not torch.equal(load_maps(root/'tiny-clip-lora-seed0')[1], load_maps(root/'tiny-clip-lora-seed3')[1])
+    assert not torch.equal(load_maps(root/'tiny-clip-lora-seed0').maps, load_maps(root/'tiny-clip-lora-seed3').maps)
     here(replace(study, seeds=(0,3,4)), tmp_path) # more seeds later
     assert study_table(root).seeds.tolist()==[3]
 
