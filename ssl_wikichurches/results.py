@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_study', 'missing_runs', 'complete_runs', 'study_scores', 'masked_scores', 'study_table', 'cost_table',
-           'to_tensorboard', 'load_run', 'baseline_table']
+           'to_tensorboard', 'load_run', 'study_faithfulness', 'baseline_table']
 
 # %% ../nbs/06_results.ipynb #1432924e
 import json, os
@@ -17,10 +17,12 @@ from .backbones import load_backbone
 from .data import ChurchDataset, box_mask, church_id, eval_transform
 from .download import load_churches
 from .experiments import TIERS, Run, Study, as_study, study_runs
-from .finetune import load_classifier
+from .faithfulness import before_and_after, matched_sets
+from .finetune import StyleModel, load_classifier
 from .iou_stats import shift_table
 from .maps import load_maps
 from .metrics import PRIMARY, score_maps
+from .splits import class_labels
 
 # %% ../nbs/06_results.ipynb #5cdffae9
 def read_study(
@@ -151,6 +153,29 @@ def load_run(
     if run.tier=='frozen': return backbone, None
     state = load_file(folder/'model.safetensors')
     return TIERS[run.tier].restore(backbone, TIERS[run.tier].recipe(**run.recipe), state), load_classifier(state)
+
+# %% ../nbs/06_results.ipynb #667e053d
+def study_faithfulness(
+    root:str|os.PathLike, # folder of a study
+    model:str, # name of a model of the study, with a complete linear run
+    tier:str, # of the tuned run
+    seed:int=0, # of both runs, and of the control boxes
+    n:int=50, # control sets for each image
+    device:str='cpu',
+)->tuple: # of `before_and_after`: results of both, changes per image, mean changes with their intervals
+    "The box test before and after fine-tuning."
+    def ready(t):
+        backbone,classifier = load_run(Path(root)/f'{model}-{t}-seed{seed}')
+        return StyleModel(backbone, classifier).requires_grad_(False).eval().to(device)
+    study,(before,after) = read_study(root),map(ready, ('linear',tier))
+    spec,images = before.backbone.spec,load_maps(Path(root)/f'{model}-{tier}-seed{seed}').images
+    churches = load_churches(study.data, study.on_error, verify=False)
+    labels = class_labels(churches, study.labels)
+    items = ChurchDataset(churches, images, eval_transform(spec.size, study.geometry), labels)
+    known = [i for i in items if i['label']>=0]
+    matched = matched_sets([i['boxes'] for i in known], [i['name'] for i in known], spec.size, n, seed)
+    x,t = torch.stack([i['image'] for i in known]),torch.tensor([i['label'] for i in known])
+    return before_and_after(before, after, x, matched, t, [i['name'] for i in known], color=spec.mean, device=device, seed=seed)
 
 # %% ../nbs/06_results.ipynb #16bef6e3
 def baseline_table(
