@@ -22,7 +22,7 @@ from .metrics import PRIMARY
 from .prepare import prepare, prepare_report
 from .probe import probe_churches, probe_table, window_table
 from .report import save_results, write_report
-from .results import baseline_table, study_table, to_tensorboard
+from .results import baseline_table, seeds_table, study_table, to_tensorboard
 from .shortcut import shortcut_table
 from .tiny import make_tiny
 from .views import load_photographs
@@ -95,6 +95,7 @@ def wikichurches_study(
         root = run_study(study, runs, workers=workers, device=device, processes=processes, loaders=loaders)
         if not study.tiers: return print(baseline_table(root).round(4).to_string())
         print(readable_table(study_table(root)).to_string())
+        if len(over := seeds_table(root)): print('\nover churches and seeds:\n'+over.round(4).to_string(index=False))
         print(f'\nreport: {write_report(root)}')
 
 # %% ../nbs/07_cli.ipynb #23380837

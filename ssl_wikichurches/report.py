@@ -23,7 +23,7 @@ from .iou_stats import readable_table
 from .maps import load_maps
 from .metrics import PRIMARY
 from .plots import before_after_strip, forest_plot
-from .results import complete_runs, cost_table, missing_runs, read_study, study_scores, study_table
+from .results import complete_runs, cost_table, missing_runs, read_study, seeds_table, study_scores, study_table
 from .splits import class_labels
 
 # %% ../nbs/06b_report.ipynb #01a99f9e
@@ -100,6 +100,9 @@ say whether the instrument works, not what real models do.</p>{% endif %}
 <p class="note">Intervals: BCa bootstrap over churches, 95 %. p: paired t-test, two-sided; p_holm: Holm over all rows except <i>linear</i>, whose
 shift is zero by construction and was checked to be exactly zero. d_z and d_av carry Hedges' correction. Blind choice of pixels would score
 {{ '%.3f'|format(chance) }} and no map could score above {{ '%.3f'|format(ceiling) }}, on average over images.</p>
+{% if seeds %}<h2>Over seeds</h2><div class="wide">{{ seeds }}</div>
+<p class="note">The intervals above take the seeds as given. These ask what other churches and other seeds would have given: mean squares with Satterthwaite's degrees of freedom
+(<i>low</i>, <i>high</i>), which hold their level with few seeds, and the bootstrap of churches crossed with seeds, which is a little short then.</p>{% endif %}
 <h2>Accuracy on the held-out images</h2><div class="wide">{{ accuracy }}</div>
 <p class="note">Means over seeds; <i>test</i> is the official test list, where the labels bring one. Always naming the most frequent style of these images would give an accuracy of
 {{ '%.3f'|format(majority) }} and a balanced accuracy of 0.25.</p>
@@ -172,6 +175,7 @@ def write_report(
     text = readable_table(table)
     accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1'))]]
     shown = dict(forest=_embed(_forest(table, metric)), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
+                 seeds=_html(over.round(4), index=False) if len(over := seeds_table(root, metric)) else '',
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
     return write_file(path or Path(root)/'report.html', lambda p: p.write_text(html, encoding='utf-8'))
