@@ -6,10 +6,10 @@ The model is a ViT-B/14 with registers (DINOv2's architecture, random weights). 
 slow attention with `output_attentions=True`. The ways take turns; what is printed is the median of the ratios and their range. Memory is the peak of a fresh process for each
 way, above that of a plain forward pass.
 """
-import argparse, re, subprocess, sys, time, warnings
+import argparse, subprocess, sys, time, warnings
 from dataclasses import replace
-from pathlib import Path
 import pandas as pd, torch
+from memory import peak_megabytes
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers.utils import logging
 from ssl_wikichurches.attention import pooled_maps
@@ -42,7 +42,7 @@ def peak(way, size, batch):
     "Megabytes of this process after one pass."
     torch.manual_seed(1)
     ways(size)[way](torch.rand(batch, 3, size, size))
-    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+    return peak_megabytes()
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])

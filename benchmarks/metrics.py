@@ -6,9 +6,9 @@
 line of this package but `upsample`. Seconds are per map; what is printed is the median of the ratios, their range, the largest difference of any value, and the peak memory of a fresh process for three
 sizes of the engine's work space, above that of one which scores nothing.
 """
-import argparse, re, subprocess, sys, time
-from pathlib import Path
+import argparse, subprocess, sys, time
 import numpy as np, ot, pandas as pd, torch
+from memory import peak_megabytes
 from scipy.ndimage import distance_transform_edt
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from ssl_wikichurches.data import box_mask
@@ -41,7 +41,7 @@ def peak(a):
     "MiB of this process after two images have been scored within `a.peak` bytes; 0: nothing is scored."
     maps,masks,boxes,names = made(a)
     if a.peak: score_measures(maps[:2,:8], masks[:2], boxes[:2], names[:2], memory=a.peak)
-    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+    return peak_megabytes()
 
 def made(a):
     "Maps, masks, boxes and names."

@@ -1,14 +1,14 @@
 """How fast and how large is a training, beside re-encoding and beside Hugging Face's `Trainer`? Ratios within one run.
 
-    python benchmarks/training.py [--model tiny-clip] [--repeats 3] [--epochs 3]
+    python benchmarks/training.py [--model tiny-clip] [--repeats 3] [--pairs 24]
 
-All ways train the same model on the same photographs, with the same batches, precision, optimizer and augmentation. They take turns, in both orders; what is printed
-is the median of the ratios and their range. A step is from the end of one optimizer step to the end of the next. Memory is the peak of a fresh process for each way.
+All ways train the same model on the same photographs, with the same batches, precision, optimizer and augmentation. They take turns in many short
+trainings, in both orders, because machines drift; what is printed is the median of the paired ratios, their mean and its standard error. A step is from the end of one optimizer step to the end of the next. Memory is the peak of a fresh process for each way.
 """
-import argparse, re, subprocess, sys, tempfile, time, warnings
+import argparse, subprocess, sys, tempfile, time, warnings
 from dataclasses import replace
-from pathlib import Path
 import numpy as np, pandas as pd, torch
+from memory import peak_megabytes
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
@@ -77,26 +77,24 @@ def run(way, model, epochs):
 
 def peak(way, model):
     "Megabytes of a fresh process that trains one epoch this way, and of one that only loads model and photographs."
-    status = lambda: int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
-    before = status()
+    before = peak_megabytes()
     run(way, model, 1)
-    return f'{before:.0f} {status():.0f}'
+    return f'{before:.0f} {peak_megabytes():.0f}'
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--model', default='tiny-clip'); p.add_argument('--repeats', type=int, default=3); p.add_argument('--epochs', type=int, default=3)
+    p.add_argument('--model', default='tiny-clip'); p.add_argument('--repeats', type=int, default=3); p.add_argument('--pairs', type=int, default=24)
     p.add_argument('--peak', help=argparse.SUPPRESS)
     a = p.parse_args()
     warnings.filterwarnings('ignore')
     if a.peak: return print(peak(a.peak, a.model))
-    run('lora', a.model, 1) # a warm-up
-    order = [list(WAYS)[::1 if k%2 else -1] for k in range(a.repeats)] # each way is first as often as last
-    found = [{way:run(way, a.model, a.epochs) for way in ways} for ways in order]
     rows = []
-    for ours,theirs,what,i in (('linear, cached','linear, encoding anew','whole training',0), ('lora','lora by Trainer','step',1), ('full','full by Trainer','step',1)):
-        ratio = pd.Series([f[theirs][i]/f[ours][i] for f in found])
-        rows.append(dict(ours=ours, beside=theirs, of=what, times_faster=ratio.median(), least=ratio.min(), most=ratio.max()))
-    print(pd.DataFrame(rows).set_index('ours').round(2).to_string())
+    for ours,theirs,what,i,pairs in (('linear, cached','linear, encoding anew','whole training',0,a.repeats), ('lora','lora by Trainer','step',1,a.pairs), ('full','full by Trainer','step',1,a.pairs)):
+        for way in (ours,theirs)[:i+1]: run(way, a.model, 1) # a warm-up
+        found = [{way:run(way, a.model, 1)[i] for way in (ours,theirs)[::1 if k%2 else -1]} for k in range(pairs)] # each is first as often as last
+        ratio = pd.Series([f[theirs]/f[ours] for f in found])
+        rows.append(dict(ours=ours, beside=theirs, of=what, times_faster=ratio.median(), mean=ratio.mean(), standard_error=ratio.sem(), pairs=pairs))
+    print(pd.DataFrame(rows).set_index('ours').round(3).to_string())
     memory = {}
     for way in WAYS:
         out = subprocess.run([sys.executable, __file__, '--peak', way, '--model', a.model], capture_output=True, text=True, check=True).stdout

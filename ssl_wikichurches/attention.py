@@ -175,13 +175,16 @@ def _pooled_rows(backbone, records):
     return torch.stack([r.weights[:,:,0] for r in records], dim=1).float()
 
 # %% ../nbs/02_attention.ipynb #5675ab5a
+def _on_patches(backbone, rows):
+    "Values of all tokens (..., tokens) as maps of the patches."
+    return rows[...,backbone.spec.n_prefix:].float().unflatten(-1, (backbone.spec.grid,)*2)
+
 def read_pooled(
     backbone:Backbone, # the encoder that was run
     records:list, # of one forward pass inside `capture_attention`
 )->torch.Tensor: # (batch, blocks, heads, grid, grid) float32, raw weights; one block for pooling heads; differentiable
     "What the pooled feature was made of: the class token's row in each block, or the probe's row of the pooling head."
-    spec = backbone.spec
-    return _pooled_rows(backbone, records)[...,spec.n_prefix:].unflatten(-1, (spec.grid, spec.grid))
+    return _on_patches(backbone, _pooled_rows(backbone, records))
 
 # %% ../nbs/02_attention.ipynb #170473b0
 def prefix_mass(

@@ -12,7 +12,7 @@ import numpy as np, torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import nn
-from .attention import _expect, _ready, capture_attention
+from .attention import _expect, _on_patches, _ready, capture_attention
 from .backbones import Backbone
 
 # %% ../nbs/02a_attribution.ipynb #1df8134d
@@ -36,10 +36,6 @@ def _mixed(attention):
 def _block_index(backbone, block):
     if not -backbone.depth<=block<backbone.depth: raise ValueError(f"block is {block}: {backbone.spec.name} has {backbone.depth} blocks, 0 to {backbone.depth-1}")
     return block%backbone.depth
-
-def _on_patches(backbone, row):
-    "Values of all tokens (batch, tokens) as a map of the patches."
-    return row[:,backbone.spec.n_prefix:].float().unflatten(-1, (backbone.spec.grid,)*2)
 
 # %% ../nbs/02a_attribution.ipynb #9da8bfa4
 def token_rollout(
@@ -138,6 +134,19 @@ def _class_row(backbone, images):
     if backbone.spec.pooling=='class': row[:,0] = 1
     return row
 
+def _follow(backbone, classifier, images, target, start, matrix, pass_on):
+    "The pooled row after all blocks, last to first: `pass_on(row, matrix(weights, gradient))`; from a pooling head its matrix's own row."
+    start,row = _block_index(backbone, start),_class_row(backbone, images)
+    def take(i, weights, gradient):
+        nonlocal row
+        if i<start: return
+        step = matrix(weights, gradient)
+        row = step[:,0] if i==backbone.depth else pass_on(row, step)
+    _backward(backbone, classifier, images, target, take)
+    return row
+
+def _down(row, step): return torch.einsum('bq,bqk->bk', row, step)
+
 # %% ../nbs/02a_attribution.ipynb #763a9e2a
 def gmar(
     backbone:Backbone, # in evaluation mode
@@ -148,15 +157,8 @@ def gmar(
     start:int=0, # first block that counts
 )->torch.Tensor: # (batch, grid, grid) float32, not negative; sums to 1 less what stayed on prefix tokens
     "Rollout with heads weighed by the norm of the logit's gradient (GMAR, arXiv 2504.19414)."
-    start,row = _block_index(backbone, start),_class_row(backbone, images)
-    def take(i, weights, gradient):
-        nonlocal row
-        if i<start: return
-        attention = torch.einsum('bh,bhqk->bqk', _head_weights(gradient, norm), weights.float())
-        step = attention if i==backbone.depth else _mixed(attention)
-        row = step[:,0] if i==backbone.depth else torch.einsum('bq,bqk->bk', row, step)
-    _backward(backbone, classifier, images, target, take)
-    return _on_patches(backbone, row)
+    def weighed(weights, gradient): return torch.einsum('bh,bhqk->bqk', _head_weights(gradient, norm), weights.float())
+    return _on_patches(backbone, _follow(backbone, classifier, images, target, start, weighed, lambda row,step: _down(row, _mixed(step))))
 
 # %% ../nbs/02a_attribution.ipynb #f4f50bb4
 def _speaking_for(weights, gradient):
@@ -168,14 +170,7 @@ def _speaking_for(weights, gradient):
 # %% ../nbs/02a_attribution.ipynb #be604575
 def _relevance(backbone, classifier, images, target, start):
     "Row of the pooled feature in R, (batch, tokens)."
-    start,row = _block_index(backbone, start),_class_row(backbone, images)
-    def take(i, weights, gradient):
-        nonlocal row
-        if i<start: return
-        step = _speaking_for(weights, gradient)
-        row = step[:,0] if i==backbone.depth else row+torch.einsum('bq,bqk->bk', row, step)
-    _backward(backbone, classifier, images, target, take)
-    return row
+    return _follow(backbone, classifier, images, target, start, _speaking_for, lambda row,step: row+_down(row, step))
 
 # %% ../nbs/02a_attribution.ipynb #f8d52af5
 def gradient_attention(

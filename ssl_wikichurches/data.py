@@ -340,7 +340,8 @@ def _boxes_by_image(boxes): return {name:(b[['left','top','width','height']].to_
 
 def _load(path, side): return tv_tensors.Image(VF.to_dtype(VF.pil_to_tensor(open_image(path, side)), torch.float32, scale=True))
 
-_NO_BOXES = np.zeros((0,4)),()
+# %% ../nbs/00_data.ipynb #33dab098
+def _in_view(boxes): return (boxes[:,2]>boxes[:,0])&(boxes[:,3]>boxes[:,1])
 
 def _moved(transform, image, shares, parts):
     "Image, boxes and parts after a transform. Without boxes only the image goes through it, which is faster."
@@ -349,8 +350,11 @@ def _moved(transform, image, shares, parts):
         return image,_pixel_boxes(shares, *image.shape[:0:-1]),parts
     image,boxes = transform(image, _pixel_boxes(shares, *image.shape[:0:-1]))
     boxes = VF.clamp_bounding_boxes(boxes)
-    keep = ((boxes[:,2]-boxes[:,0])>0)&((boxes[:,3]-boxes[:,1])>0)
+    keep = _in_view(boxes)
     return image,tv_tensors.wrap(boxes[keep], like=boxes),tuple(p for p,k in zip(parts, keep.tolist()) if k)
+
+# %% ../nbs/00_data.ipynb #1dd98072
+_NO_BOXES = np.zeros((0,4)),()
 
 class ChurchDataset(Dataset):
     "Photographs with their boxes, after a transform that moves both."
@@ -376,8 +380,7 @@ class ChurchDataset(Dataset):
 
 # %% ../nbs/00_data.ipynb #e7a7d7e0
 def _boxes_after(churches, name, shares, tfm):
-    out = VF.clamp_bounding_boxes(tfm(_pixel_boxes(shares, *image_size(churches.path(name))))).as_subclass(torch.Tensor)
-    return (out[:,2]>out[:,0])&(out[:,3]>out[:,1])
+    return _in_view(VF.clamp_bounding_boxes(tfm(_pixel_boxes(shares, *image_size(churches.path(name))))))
 
 def boxes_in_view(
     churches:Churches,

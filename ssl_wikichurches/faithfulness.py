@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from itertools import product
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
-from statsmodels.stats.multitest import multipletests
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 from .data import CLASSES, box_mask, church_id
-from .iou_stats import by_church, paired_shift
+from .iou_stats import by_church, holm, paired_shift
 from .plots import TIER_MARKERS
 
 # %% ../nbs/05a_faithfulness.ipynb #5159f3e1
@@ -368,8 +367,7 @@ def box_summary(
         styles = {'all':m}|{CLASSES[k]:g for k,g in m.groupby('label')}
         rows += [dict(measure=measure, style=s)|_summary_row(g, seed) for s,g in styles.items()]
     table = pd.DataFrame(rows).rename(columns=dict(before='control', after='drop', shift='difference'))
-    table['p_holm'] = np.nan
-    for _,k in table[(table['style']!='all')&table.p.notna()].groupby('measure').groups.items(): table.loc[k,'p_holm'] = multipletests(table.p[k], method='holm')[1]
+    table['p_holm'] = table.p.where(table['style']!='all').groupby(table.measure).transform(holm)
     return table[['measure','style','images','no_room','n','drop','control','difference','low','high','d_z','p','p_holm','beaten','note']].set_index(['measure','style'])
 
 # %% ../nbs/05a_faithfulness.ipynb #8af599c6

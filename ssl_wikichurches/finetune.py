@@ -214,13 +214,21 @@ def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, t
     for x,t in loader:
         optimizer.zero_grad()
         losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe, team))
-        norms.append(nn.utils.clip_grad_norm_(params, recipe.clip or math.inf).item())
+        norm = nn.utils.clip_grad_norm_(params, recipe.clip) if recipe.clip else nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        norms.append(norm.item())
         optimizer.step(); schedule.step()
         sizes.append(len(t))
     sizes = np.sum(team.gather(sizes), axis=0)
     return dict(train_loss=np.average(losses, weights=sizes), grad_norm=np.mean(norms), images_per_second=sizes.sum()/(time.perf_counter()-start))
 
 # %% ../nbs/03_finetune.ipynb #8f284bc7
+def _keep(checkpoint, team, model, optimizer, order, rows, best_epoch, best):
+    "Checkpoint and history of a training, written by the first process of its team."
+    chance = team.gather(random_state())
+    if team.rank: return
+    checkpoint.save(model, optimizer, order, dict(rows=rows, best_epoch=best_epoch), best, chance)
+    write_file(checkpoint.path.with_name('history.csv'), lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+
 @dataclass(frozen=True)
 class Trained:
     "What a training leaves; the model itself holds the chosen epoch."
@@ -269,11 +277,7 @@ def train(
             rows.append(row|_validate(model, mine[1], weight.cpu(), device, team))
             score = 'val_balanced_accuracy'
             if not best_epoch or rows[-1][score]>rows[best_epoch-1][score]: best,best_epoch = trained_tensors(model),len(rows)
-            if checkpoint:
-                chance = team.gather(random_state())
-                if team.rank==0:
-                    checkpoint.save(model, optimizer, training.generator, dict(rows=rows, best_epoch=best_epoch), best, chance)
-                    write_file(Path(folder)/'history.csv', lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+            if checkpoint: _keep(checkpoint, team, model, optimizer, training.generator, rows, best_epoch, best)
     last = trained_tensors(model)
     if recipe.select=='best': put_tensors(model, best)
     model.eval()

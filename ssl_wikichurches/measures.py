@@ -82,6 +82,11 @@ def n_holding(
     return (held<mass-1e-9).sum(-1)+1
 
 # %% ../nbs/02d_measures.ipynb #2e051fb2
+def _iou_of_top(mask, ranking, k):
+    "IoU of the boxes and the top `k` pixels, a number for each map."
+    hits = _sorted_mask(mask, ranking).cumsum(-1).gather(-1, k[...,None]-1)[...,0]
+    return hits.double()/(k+mask.flatten(-2).sum(-1)-hits)
+
 def mass_iou(
     maps:torch.Tensor, # (..., h, w), not negative
     mask:torch.Tensor, # (h, w) or broadcastable to maps, bool
@@ -91,9 +96,7 @@ def mass_iou(
     "IoU of the boxes and the smallest set of pixels that holds `mass` of the attention (Caron et al., 2021, fig. 4)."
     _check(maps, mask)
     ranking = ranking or rank_pixels(maps)
-    k = n_holding(maps, mass, ranking)
-    hits = _sorted_mask(mask, ranking).cumsum(-1).gather(-1, k[...,None]-1)[...,0]
-    return hits.double()/(k+mask.flatten(-2).sum(-1)-hits)
+    return _iou_of_top(mask, ranking, n_holding(maps, mass, ranking))
 
 # %% ../nbs/02d_measures.ipynb #39f53c66
 def average_precision(
@@ -383,12 +386,12 @@ def _grid_values(maps, c):
 def _pixel_values(maps, c):
     "Measures on the pixels: metric -> (m) of maps (m, s, s), and the pixels that hold the mass."
     r = rank_pixels(maps)
-    hit = rank_accuracy(maps, c.mask, r)
-    return {'iou@area': hit/(2-hit), 'rank_accuracy': hit, f'mass_iou@{100*c.mass:g}': mass_iou(maps, c.mask, c.mass, r),
+    hit,held = rank_accuracy(maps, c.mask, r),n_holding(maps, c.mass, r)
+    return {'iou@area': hit/(2-hit), 'rank_accuracy': hit, f'mass_iou@{100*c.mass:g}': _iou_of_top(c.mask, r, held),
             'average_precision': average_precision(maps, c.mask, r), f'pointing@{c.tolerance:g}': pointing_game(maps, c.mask, c.tolerance),
             'nss': nss(maps, c.mask), 'shuffled_auroc': shuffled_auroc(maps, c.mask, c.others, r),
             'information_gain': information_gain(maps, c.mask, c.prior, c.eps), f'recall@{c.q:g}': box_scores(maps, c.parts, 'recall', c.q, r).mean(-1),
-            f'best_iou@{c.q:g}': best_box(maps, c.parts, 'iou', c.q, r), 'best_coverage': best_box(maps, c.parts, 'coverage', c.q, r)}, n_holding(maps, c.mass, r)
+            f'best_iou@{c.q:g}': best_box(maps, c.parts, 'iou', c.q, r), 'best_coverage': best_box(maps, c.parts, 'coverage', c.q, r)}, held
 
 # %% ../nbs/02d_measures.ipynb #c137c84a
 def _area_q(k, n): return 100*(1-k/n) # the percentile that keeps k pixels
@@ -439,7 +442,8 @@ def score_measures(
     if (chunk := memory//(BYTES_PER_PIXEL*masks[0].numel()))<1: raise ValueError(f"memory is {memory} bytes: one map of {masks.shape[-1]} pixels takes {BYTES_PER_PIXEL*masks[0].numel()}")
     heads = [*map(str, range(maps.shape[2])), 'mean']
     index = pd.MultiIndex.from_product([range(maps.shape[1]), heads], names=['block','head']).to_frame(index=False)
-    targets,priors,others = soft_target(masks, maps.shape[-1]),loo_prior(masks, groups, prior_eps),loo_prior(masks, groups, eps=0)
+    targets,others = soft_target(masks, maps.shape[-1]),loo_prior(masks, groups, eps=0)
+    priors = _mixed(others.flatten(1), prior_eps).reshape(masks.shape)
     frames = []
     for i,name in enumerate(names):
         parts = box_masks(boxes[i].cpu(), masks.shape[-1]).to(masks.device)

@@ -109,7 +109,7 @@ def forest_plot(
         if np.isfinite([r.low,r.high]).all(): ax.plot([r.low,r.high], [y,y], color=color, lw=1.5)
         ax.plot(r.shift, y, color=color, ms=6, **_marker(r.tier, color))
     ax.set_yticks(range(len(table)), [f'{r.model}  {r.tier}' for r in table.itertuples()], fontsize=8)
-    ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=6)
+    ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=4)
     ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t+' (zero by construction)'*(t=='linear'), **_marker(t, 'gray'))
                        for t in dict.fromkeys(table.tier)], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax

@@ -59,6 +59,17 @@ def _scores(folder, metric, block, head, columns='value'):
     wanted = sorted(d.block.unique())[block]
     return d[d.block==wanted].set_index('image')[columns]
 
+def _beside_frozen(root, score):
+    "`score(run)`, a series by image, of every fine-tuned run beside that of its model's frozen run."
+    runs = complete_runs(root)
+    before = {r.model:score(r) for r in runs[runs.tier=='frozen'].itertuples()}
+    parts = []
+    for r in runs[(runs.tier!='frozen')&runs.model.isin(before)].itertuples():
+        d = pd.DataFrame(dict(before=before[r.model], after=score(r))).rename_axis('image').reset_index()
+        parts.append(d.assign(model=r.model, tier=r.tier, seed=r.seed, church=d.image.map(church_id)))
+    if not parts: raise FileNotFoundError(f"{root} holds no fine-tuned run beside a frozen one")
+    return pd.concat(parts, ignore_index=True)[['model','tier','seed','image','church','before','after']]
+
 def study_scores(
     root:str|os.PathLike, # folder of a study
     metric:str=PRIMARY, # one of the metrics in metrics.parquet
@@ -66,15 +77,7 @@ def study_scores(
     head:str='mean', # 'mean': of the map averaged over heads; or the number of a head
 )->pd.DataFrame: # columns model, tier, seed, image, church, before, after
     "Scores per image before and after fine-tuning, for every complete run with a frozen one beside it."
-    runs = complete_runs(root)
-    before = {r.model:_scores(r.folder, metric, block, head) for r in runs[runs.tier=='frozen'].itertuples()}
-    parts = []
-    for r in runs[(runs.tier!='frozen')&runs.model.isin(before)].itertuples():
-        after = _scores(r.folder, metric, block, head)
-        d = pd.DataFrame(dict(before=before[r.model], after=after)).rename_axis('image').reset_index()
-        parts.append(d.assign(model=r.model, tier=r.tier, seed=r.seed, church=d.image.map(church_id)))
-    if not parts: raise FileNotFoundError(f"{root} holds no fine-tuned run beside a frozen one")
-    return pd.concat(parts, ignore_index=True)[['model','tier','seed','image','church','before','after']]
+    return _beside_frozen(root, lambda r: _scores(r.folder, metric, block, head))
 
 # %% ../nbs/06_results.ipynb #9464b727
 def masked_scores(
@@ -84,22 +87,17 @@ def masked_scores(
     "Scores without the patches that are artifacts in the frozen model."
     study,runs = read_study(root),complete_runs(root)
     churches = load_churches(study.data, study.on_error, verify=False)
-    def score(r, frozen):
-        stored,size = load_maps(r.folder),r.spec['size']
-        items = ChurchDataset(churches, stored.images, eval_transform(size, study.geometry))
-        masks = torch.stack([box_mask(i['boxes'], size) for i in items])
-        one = mask_patches(stored.maps[:,-1:].mean(2, keepdim=True), frozen.artifacts)
-        d = score_maps(one, masks, stored.images).query("metric==@metric and head=='mean'")
+    frozen = {r.model:load_maps(r.folder) for r in runs[runs.tier=='frozen'].itertuples()}
+    photographs = lambda m: ChurchDataset(churches, m.images, eval_transform(m.header.size, study.geometry))
+    masks = {model:torch.stack([box_mask(i['boxes'], m.header.size) for i in photographs(m)]) for model,m in frozen.items()}
+    def score(r):
+        stored,first = load_maps(r.folder),frozen[r.model]
+        if stored.images!=first.images: raise ValueError(f"{r.folder.name} measured other images than the frozen run of {r.model}, or in another order")
+        one = mask_patches(stored.maps[:,-1:].mean(2, keepdim=True), first.artifacts)
+        d = score_maps(one, masks[r.model], stored.images).query("metric==@metric and head=='mean'")
         if d.empty: raise ValueError(f"{r.folder.name} has no scores for metric {metric!r}")
         return d.set_index('image').value
-    parts = []
-    for model,group in runs.groupby('model', sort=False):
-        if not (first := group[group.tier=='frozen']).size or len(group)<2: continue
-        frozen = load_maps(first.folder.item())
-        before = score(next(first.itertuples()), frozen)
-        parts += [pd.DataFrame(dict(before=before, after=score(r, frozen))).reset_index().assign(model=model, tier=r.tier, seed=r.seed) for r in group[group.tier!='frozen'].itertuples()]
-    if not parts: raise FileNotFoundError(f"{root} holds no fine-tuned run beside a frozen one")
-    return pd.concat(parts, ignore_index=True).assign(church=lambda d: d.image.map(church_id))[['model','tier','seed','image','church','before','after']]
+    return _beside_frozen(root, score)
 
 # %% ../nbs/06_results.ipynb #4454244b
 def study_table(
