@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIERS', 'DEMO', 'PACKAGES', 'Tier', 'Study', 'as_study', 'load_study', 'Run', 'data_key', 'study_runs',
-           'check_recipe', 'measure', 'versions', 'execute', 'best_device', 'gpu_groups', 'default_executor',
-           'run_study']
+           'check_recipe', 'measure', 'versions', 'store_scores', 'execute', 'best_device', 'gpu_groups',
+           'default_executor', 'run_study']
 
 # %% ../nbs/06_experiments.ipynb #7dd9bb63
 import hashlib, importlib.metadata, json, os, platform, re, subprocess, time, tomllib
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .atomic import available_cores, worker_pool, write_file, write_json
 from .backbones import Backbone, load_backbone
 from .checkpoint import read_tensors, write_tensors
-from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, eval_transform
+from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, church_id, eval_transform
 from .devices import Team, launch
 from .download import load_churches
 from .finetune import TrainData, make_recipe
@@ -28,8 +28,8 @@ from .finetune_full import FullRecipe, fit_full, restore_full
 from .finetune_linear import LinearRecipe, fit_linear, restore_linear
 from .finetune_lp_ft import LpFtRecipe, fit_lp_ft
 from .finetune_lora import LoraRecipe, fit_lora, restore_lora
-from .maps import compute_maps, join_maps, save_maps
-from .metrics import score_maps
+from .maps import StoredMaps, compute_maps, join_maps, save_maps
+from .scores import score_maps
 from .splits import LABELS, Split, NO_PAIRS, class_labels, evaluation_split, load_split, make_split, save_split, study_split
 
 # %% ../nbs/06_experiments.ipynb #d320db4a
@@ -178,19 +178,19 @@ def measure(
     data:TrainData, # its evaluation images are measured
     device:str='cpu',
     batch:int=32,
-)->tuple: # `StoredMaps` of the images with a box in view; their masks (n, s, s) bool
-    "Maps and box masks of the evaluation images."
+)->tuple: # `StoredMaps` of the images with a box in view; their boxes, n tensors (b, 4)
+    "Maps and boxes of the evaluation images."
     ds = ChurchDataset(data.churches, data.split.eval, eval_transform(data.size, data.geometry))
     backbone = backbone.eval().requires_grad_(False).to(device)
-    parts,masks = [],[]
+    parts,boxes = [],[]
     for start in range(0, len(ds), batch):
         items = [ds[i] for i in range(start, min(start+batch, len(ds)))]
-        seen = [(item,mask) for item in items if (mask := box_mask(item['boxes'], data.size)).any()]
+        seen = [item for item in items if box_mask(item['boxes'], data.size).any()]
         if not seen: continue
-        parts.append(compute_maps(backbone, [item['name'] for item,_ in seen], torch.stack([item['image'] for item,_ in seen]).to(device)))
-        masks += [mask for _,mask in seen]
+        parts.append(compute_maps(backbone, [item['name'] for item in seen], torch.stack([item['image'] for item in seen]).to(device)))
+        boxes += [item['boxes'].as_subclass(torch.Tensor) for item in seen]
     if not parts: raise ValueError(f"no evaluation image has a box in view at geometry {data.geometry!r}")
-    return join_maps(parts), torch.stack(masks)
+    return join_maps(parts), boxes
 
 # %% ../nbs/06_experiments.ipynb #44610ffb
 PACKAGES = ('torch', 'torchvision', 'timm', 'transformers', 'peft', 'numpy', 'scipy', 'statsmodels', 'scikit-learn')
@@ -239,6 +239,16 @@ def _fit_together(run, root, folder, backbone, processes, loaders):
     facts,tier = launch(processes, _member_fit, run, root, folder, loaders),TIERS[run.tier]
     return tier.restore(backbone, tier.recipe(**run.recipe), read_tensors(folder/'model.safetensors')[0]),facts
 
+# %% ../nbs/06_experiments.ipynb #b759415f
+def store_scores(
+    folder:Path, # of a run
+    stored:StoredMaps, # what was measured
+    boxes:list, # n tensors (b, 4): of its images, in pixels of the input
+)->None:
+    "Write metrics.parquet: every metric for every image, block and head."
+    scores = score_maps(stored.maps, boxes, [*stored.images], stored.header.size, [church_id(n) for n in stored.images])
+    write_file(folder/'metrics.parquet', lambda p: scores.to_parquet(p, index=False))
+
 # %% ../nbs/06_experiments.ipynb #d5adcdb7
 def execute(
     run:Run,
@@ -260,10 +270,9 @@ def execute(
         together = processes>1 and run.tier!='linear'
         backbone,fit_facts = _fit_together(run, root, folder, backbone, processes, loaders) if together else _fit(run, data, backbone, folder, device)
         facts |= fit_facts
-    stored,masks = measure(backbone, data, device)
+    stored,boxes = measure(backbone, data, device)
     save_maps(folder/'maps.safetensors', stored)
-    scores = score_maps(stored.maps.float(), masks, stored.images)
-    write_file(folder/'metrics.parquet', lambda p: scores.to_parquet(p, index=False))
+    store_scores(folder, stored, boxes)
     facts |= dict(n_measured=len(stored.images), seconds=round(time.time()-start, 1), processor=_processor(device), versions=versions())
     write_json(folder/'run.json', facts)
     for left in (*folder.glob('.*'), folder/'checkpoint.safetensors'): left.unlink(missing_ok=True) # by a killed attempt; what training needed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_COLORS', 'TIER_MARKERS', 'BOX_COLOR', 'model_color', 'show_overlay', 'before_after_strip', 'history_plot',
-           'forest_plot']
+           'forest_plot', 'slope_plot', 'ranking_plot', 'block_plot', 'grid_plot']
 
 # %% ../nbs/02c_plots.ipynb #ff4af71c
 import zlib
@@ -94,14 +94,17 @@ def history_plot(
 # %% ../nbs/02c_plots.ipynb #a4e0df6e
 def _marker(tier, color): return dict(marker=TIER_MARKERS.get(tier, '^'), mfc='white' if tier=='linear' else color)
 
+def _needs(table, *columns):
+    if missing := {*columns}-set(table.columns):
+        raise ValueError(f"the table has no columns {sorted(missing)}: expected {', '.join(columns)}")
+
 def forest_plot(
     table:pd.DataFrame, # columns model, tier, shift, low, high (`shift_table`)
     ax:Axes=None,
     xlabel:str='shift of IoU at the 90th percentile (fine-tuned minus frozen)',
 )->Axes:
     "Shift and interval of every model and tier."
-    if missing := {'model','tier','shift','low','high'}-set(table.columns):
-        raise ValueError(f"the table has no columns {sorted(missing)}: expected a table of `shift_table`")
+    _needs(table, 'model', 'tier', 'shift', 'low', 'high')
     ax = ax or plt.subplots(figsize=(6,.8+.28*len(table)), dpi=80, layout='constrained')[1]
     ax.axvline(0, color='k', lw=.8, zorder=0)
     for y,r in enumerate(table.itertuples()):
@@ -112,4 +115,87 @@ def forest_plot(
     ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=4)
     ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t+' (zero by construction)'*(t=='linear'), **_marker(t, 'gray'))
                        for t in dict.fromkeys(table.tier)], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    return ax
+
+# %% ../nbs/02c_plots.ipynb #2962f8ce
+def slope_plot(
+    table:pd.DataFrame, # columns model, tier, before, after, low, high (`shift_table`); low and high are of the shift
+    ax:Axes=None,
+    ylabel:str='IoU at the 90th percentile',
+)->Axes:
+    "Level of every model from frozen through its tiers."
+    _needs(table, 'model', 'tier', 'before', 'after', 'low', 'high')
+    tiers,models = ([*dict.fromkeys(table[c])] for c in ('tier','model'))
+    ax = ax or plt.subplots(figsize=(2.4+1.2*len(tiers),3), dpi=80, layout='constrained')[1]
+    for i,(model,rows) in enumerate(table.groupby('model', sort=False)):
+        color,first,side = model_color(model), rows.before.iloc[0], .07*(i-(len(models)-1)/2)
+        x = np.array([0, *(1+tiers.index(t) for t in rows.tier)])+side
+        ax.plot(x, [first, *rows.after], color=color, lw=1, label=model)
+        ax.plot(x[0], first, color=color, ms=8, **_marker('frozen', color))
+        for at,r in zip(x[1:], rows.itertuples()):
+            if r.tier!='linear' and np.isfinite([r.low,r.high]).all(): ax.plot([at,at], [first+r.low,first+r.high], color=color, lw=1.5)
+            ax.plot(at, r.after, color=color, ms=5, **_marker(r.tier, color))
+    ax.set_xticks(range(len(tiers)+1), ['frozen', *tiers], fontsize=8); ax.set_xlim(-.35, len(tiers)+.35)
+    ax.set_ylabel(ylabel, fontsize=9); ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    return ax
+
+# %% ../nbs/02c_plots.ipynb #7597217d
+def ranking_plot(
+    table:pd.DataFrame, # of one model: columns `label`, model, tier, n, shift, low, high
+    ax:Axes=None,
+    label:str='part', # column that names the rows
+    xlabel:str='shift of recall among the top 10 % (fine-tuned minus frozen)',
+)->Axes:
+    "Shift and interval of every row, largest mean over tiers first; n is the number of churches."
+    _needs(table, label, 'model', 'tier', 'n', 'shift', 'low', 'high')
+    order,tiers = table.groupby(label, sort=False)['shift'].mean().sort_values(ascending=False, kind='stable').index, [*dict.fromkeys(table.tier)]
+    ax = ax or plt.subplots(figsize=(6,.8+.1*len(order)*(1+len(tiers))), dpi=80, layout='constrained')[1]
+    ax.axvline(0, color='k', lw=.8, zorder=0)
+    for r in table.itertuples():
+        y,color = order.get_loc(getattr(r, label))+.66*(tiers.index(r.tier)-(len(tiers)-1)/2)/len(tiers), model_color(r.model)
+        if np.isfinite([r.low,r.high]).all(): ax.plot([r.low,r.high], [y,y], color=color, lw=1.2)
+        ax.plot(r.shift, y, color=color, ms=4.5, **_marker(r.tier, color))
+    n = table.groupby(label).n.max()
+    ax.set_yticks(range(len(order)), [f'{k}  n={n[k]}' for k in order], fontsize=8); ax.set_ylim(len(order)-.4, -.6)
+    ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=5)
+    ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t, **_marker(t, 'gray')) for t in tiers], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    return ax
+
+# %% ../nbs/02c_plots.ipynb #843f4124
+def block_plot(
+    table:pd.DataFrame, # of one model: columns model, tier, block, before, after, p_step_down
+    ax:Axes=None,
+    ylabel:str='IoU at the 90th percentile',
+)->Axes:
+    "Frozen and tuned level of every block; filled where the corrected p is below .05."
+    _needs(table, 'model', 'tier', 'block', 'before', 'after', 'p_step_down')
+    ax = ax or plt.subplots(figsize=(5.5,2.6), dpi=80, layout='constrained')[1]
+    for k,(tier,rows) in enumerate(table.groupby('tier', sort=False)):
+        color,sure = model_color(rows.model.iloc[0]), (rows.p_step_down<.05).to_numpy()
+        if k==0: ax.plot(rows.block, rows.before, color='gray', lw=1.2, ls='--', marker=TIER_MARKERS['frozen'], label='frozen')
+        ax.plot(rows.block, rows.after, color=color, lw=1, ls=('-',':','-.')[k%3])
+        for chosen,fill in ((sure,color), (~sure,'white')): ax.plot(rows.block[chosen], rows.after[chosen], color=color, ls='', ms=5, marker=TIER_MARKERS.get(tier, '^'), mfc=fill)
+        ax.plot([], [], color=color, lw=1, ls=('-',':','-.')[k%3], marker=TIER_MARKERS.get(tier, '^'), ms=5, label=tier)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set_ylabel(ylabel, fontsize=9); ax.set_xlabel('block (from 0)', fontsize=9)
+    ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    return ax
+
+# %% ../nbs/02c_plots.ipynb #8c588b55
+def grid_plot(
+    table:pd.DataFrame, # columns block, head, estimate, p_step_down
+    ax:Axes=None,
+    limit:float=None, # end of the color scale; None: the largest absolute estimate
+    bar:str='shift of IoU at the 90th percentile', # label of the color bar; '' draws none
+)->Axes:
+    "Shift of every block and head; a frame where the corrected p is below .05."
+    _needs(table, 'block', 'head', 'estimate', 'p_step_down')
+    grid = table.assign(head=table['head'].astype(int)).pivot(index='block', columns='head', values=['estimate','p_step_down'])
+    values,p = (grid[c].to_numpy() for c in ('estimate','p_step_down'))
+    ax = ax or plt.subplots(figsize=(1.8+.3*values.shape[1],1+.3*len(values)), dpi=80, layout='constrained')[1]
+    limit = limit or np.abs(values).max() or 1e-12
+    image = ax.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit)
+    for y,x in zip(*np.nonzero(p<.05)): ax.add_patch(Rectangle((x-.44,y-.44), .88, .88, fill=False, color='k', lw=1))
+    for axis,names in ((ax.xaxis,grid['estimate'].columns), (ax.yaxis,grid.index)): axis.set_ticks(range(len(names)), names, fontsize=7)
+    ax.set_xlabel('head', fontsize=8); ax.set_ylabel('block', fontsize=8)
+    if bar: ax.figure.colorbar(image, ax=ax, shrink=.9).set_label(bar, fontsize=8)
     return ax

@@ -10,7 +10,8 @@ from ssl_wikichurches import experiments
 from ssl_wikichurches.cli import compose_study, read_recipes
 from ssl_wikichurches.experiments import DEMO, Run, Study, execute, load_study, measure, run_study, study_runs
 from ssl_wikichurches.finetune import StyleModel, predict
-from ssl_wikichurches.report import example_images, examples, load_examples, save_results, write_report
+from ssl_wikichurches.detail import example_images, examples
+from ssl_wikichurches.report import load_examples, save_results, write_report
 from ssl_wikichurches.maps import load_maps
 from ssl_wikichurches.results import complete_runs, load_run, missing_runs, read_study, study_scores, study_table
 
@@ -68,13 +69,13 @@ def test_a_run_is_rebuilt_to_the_last_bit(done, tier):
         assert json.loads((folder/'run.json').read_text())['scores']['eval']['accuracy']==pytest.approx((logits.argmax(1)==t).double().mean().item())
 
 def test_metrics_can_be_computed_again_from_the_maps(done):
-    from ssl_wikichurches.data import ChurchDataset, box_mask, eval_transform
+    from ssl_wikichurches.data import ChurchDataset, church_id, eval_transform
     from ssl_wikichurches.download import load_churches
-    from ssl_wikichurches.metrics import score_maps
+    from ssl_wikichurches.scores import score_maps
     stored = load_maps(done/'tiny-clip-full-seed0')
     names,maps = stored.images,stored.maps
     items = ChurchDataset(load_churches(read_study(done).data), names, eval_transform(64))
-    again = score_maps(maps, torch.stack([box_mask(i['boxes'], 64) for i in items]), names)
+    again = score_maps(maps, [i['boxes'] for i in items], names, 64, [church_id(n) for n in names])
     pd.testing.assert_frame_equal(again, pd.read_parquet(done/'tiny-clip-full-seed0'/'metrics.parquet'), check_dtype=False)
 
 # ---- interrupted and started again
@@ -247,7 +248,7 @@ def test_flags_change_the_file(tmp_path):
 
 def test_report_stands_alone(done, tmp_path):
     html = write_report(done, tmp_path/'r.html').read_text()
-    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<img')==1+2 and 'identical by construction' in html
+    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<img')==2+3+2 and 'identical by construction' in html
     for word in ('tiny-siglip','12 held-out images of 12 churches','Holm','backbone_lr','torch '): assert word in html
 
 def test_names_from_outside_cannot_break_the_page(folder, tmp_path):

@@ -9,7 +9,7 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
-from ssl_wikichurches.inference import (benjamini_hochberg, contrasts, crossed_bootstrap, detectable_shift, draw_shifts, effect_interval, equivalence, max_t, moderation, paired_tests,
+from ssl_wikichurches.inference import (benjamini_hochberg, bootstrap_t_interval, contrasts, crossed_bootstrap, detectable_shift, draw_shifts, effect_interval, equivalence, max_t, moderation, paired_tests,
                                         power_curve, seed_variance, shift_grid, sign_flip_p, split_half_heads, wilcoxon_pratt)
 from ssl_wikichurches.iou_stats import hedges_factor
 
@@ -268,8 +268,66 @@ def test_max_t_keeps_the_family_error_and_finds_a_planted_head():
         d[3] += .04; found.append(max_t(d, 399).p_step_down[3]<=.05)
     assert np.mean(alarms)<.05+3*np.sqrt(.05*.95/200) and np.mean(alarms)>.005 and np.mean(found)>.9
 
+def studentized(x, rows):
+    "t of each resample about the observed mean, by scipy."
+    return stats.ttest_1samp(x[rows], x.mean(0), axis=1).statistic
+
+@pytest.mark.parametrize('skewed', [True,False])
+def test_bootstrap_max_t_against_a_loop(skewed):
+    x = draw_shifts(rng(3), (40,6), mean=.008, skewed=skewed)+draw_shifts(rng(4), (40,1)); x = x[np.lexsort(np.abs(x).T)]
+    r = max_t(pd.DataFrame(x), 999, 5, 'bootstrap')
+    t = np.abs(stats.ttest_1samp(x, 0).statistic); order = np.argsort(-t)
+    null = np.abs(studentized(x, rng(5).integers(0, 40, (999,40))))
+    p = lambda v, at: (1+(v>=at).sum())/1000
+    down = np.maximum.accumulate([p(null[:,order[k:]].max(1), t[j]) for k,j in enumerate(order)])
+    assert np.allclose(r['t'], stats.ttest_1samp(x, 0).statistic) and np.allclose(r.p, [p(null[:,j], t[j]) for j in range(6)], atol=1e-12)
+    assert np.allclose(r.p_max_t, [p(null.max(1), t[j]) for j in range(6)], atol=1e-12) and np.allclose(r.p_step_down[order], down, atol=1e-12) and (r.patterns==999).all()
+
+def test_bootstrap_max_t_of_columns_that_do_not_vary():
+    x = pd.DataFrame(dict(still=np.zeros(30), moved=np.full(30, .02), varies=shifts(30, zeros=0)))
+    r = max_t(x, 499, method='bootstrap').set_index('comparison')
+    assert r.note['still']==SAME and 'same amount' in r.note['moved'] and r.note['varies']=='' and r.p.isna().tolist()==[True,True,False] and r.p_max_t['varies']==r.p['varies']
+    assert max_t(x[['still','moved']], method='bootstrap').p.isna().all()
+    o = rng(1).permutation(30)
+    pd.testing.assert_frame_equal(max_t(x, 499, method='bootstrap'), max_t(x.iloc[o], 499, method='bootstrap'))
+    lonely = max_t(pd.DataFrame(dict(a=(np.arange(30)==4)*1.)), 999, method='bootstrap') # a third of the resamples lack the one church that moved
+    assert lonely.p.item()>.3
+
+def test_flips_and_bootstrap_agree_where_both_are_right():
+    x = pd.DataFrame(rng(2).normal(.004, .03, (139,20))); a,b = max_t(x, 9999), max_t(x, 9999, method='bootstrap')
+    assert np.allclose(a['t'], b['t']) and np.abs(a.p-b.p).max()<.03 and np.abs(a.p_step_down-b.p_step_down).max()<.05
+
+def test_bootstrap_t_against_a_loop():
+    d = shifts(50, 4, mean=.01); t = studentized(d[:,None], rng(7).integers(0, 50, (999,50)))[:,0]; se = stats.sem(d)
+    a,b = bootstrap_t_interval(d, .9, 999, 7).iloc[0], bootstrap_t_interval(d, .9, 999, 7, symmetric=False).iloc[0]
+    reach = np.sort(np.abs(t))[900-1]
+    assert (a.low,a.high)==pytest.approx((d.mean()-reach*se, d.mean()+reach*se)) and a.se==pytest.approx(se)
+    assert (b.low,b.high)==pytest.approx((d.mean()-np.sort(t)[950-1]*se, d.mean()-np.sort(t)[50-1]*se))
+
+def test_bootstrap_t_approaches_the_t_interval_of_normal_shifts():
+    d = rng(0).normal(.01, .04, 2000); ci = stats.ttest_1samp(d, 0).confidence_interval(.95)
+    for s in (True,False): assert bootstrap_t_interval(d, symmetric=s)[['low','high']].iloc[0].tolist()==pytest.approx([*ci], abs=.08*stats.sem(d))
+
+@pytest.mark.parametrize('k', range(8))
+def test_bootstrap_t_is_the_bootstrap_test_turned_around(k):
+    d = shifts(60, k, mean=.012); d = d[np.argsort(np.abs(d), kind='stable')]
+    p = max_t(pd.DataFrame(dict(a=d)), 999, 0, 'bootstrap').p.item(); r = bootstrap_t_interval(d, .95, 999).iloc[0]
+    assert (p<=.05)==(not r.low<=0<=r.high)
+    edge = bootstrap_t_interval(d, 1-p, 999).iloc[0] # its next wider neighbor holds zero
+    assert not edge.low<=0<=edge.high
+
+def test_bootstrap_t_where_hardly_anything_moved():
+    for d,note in ((np.zeros(20),SAME), (np.full(20,.1),'same amount')):
+        r = bootstrap_t_interval(d).iloc[0]
+        assert note in r.note and np.isnan([r.low,r.high,r.se]).all()
+    r = bootstrap_t_interval((np.arange(20)==3)*1.).iloc[0]
+    assert np.isinf([r.low,r.high]).all() and 'too few churches moved' in r.note
+    for bad,match in ((dict(level=95),'level'), (dict(draws=9),'at least 99')):
+        with pytest.raises(ValueError, match=match): bootstrap_t_interval(shifts(), **bad)
+
 def test_families_that_are_none():
     with pytest.raises(ValueError, match='DataFrame'): max_t(np.ones((5,2)))
+    with pytest.raises(ValueError, match='expected one of'): max_t(pd.DataFrame(np.eye(4)), method='sign')
     with pytest.raises(ValueError, match='unique'): max_t(pd.DataFrame(np.ones((5,2)), columns=['a','a']))
     with pytest.raises(ValueError, match='not finite'): max_t(pd.DataFrame(dict(a=[1,2,np.nan])))
 
@@ -356,9 +414,11 @@ def test_power_curve_against_statsmodels_and_simulation():
 def test_null_studies_small_and_committed(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
     import null_studies
-    small = null_studies.null_studies(60); kept = pd.read_csv(ROOT/'results'/'statistics'/'null_studies.csv')
+    small = null_studies.null_studies(40); kept = pd.read_csv(ROOT/'results'/'statistics'/'null_studies.csv')
     key = ['shape','measure','method','seed_sd']
     assert [tuple(r) for r in small[key[:3]].to_numpy()]==[tuple(r) for r in kept[key[:3]].to_numpy()] and np.allclose(small.seed_sd, kept.seed_sd)
     off = np.abs(small.rate-kept.rate)/np.sqrt(kept.rate*(1-kept.rate)/small.studies)
     assert (off<4.5).all(), small.assign(off=off)[off>=4.5]
-    assert kept.studies.isin([2000,400]).all() and (kept.n==139).all() and np.allclose(kept.mc_se, np.sqrt(kept.rate*(1-kept.rate)/kept.studies), atol=1e-6)
+    assert (kept.studies==2000).all() and (kept.n==139).all() and np.allclose(kept.mc_se, np.sqrt(kept.rate*(1-kept.rate)/kept.studies), atol=1e-6)
+    real = pd.read_csv(ROOT/'results'/'statistics'/'real_shifts.csv', comment='#')
+    assert [*real]==['tier','shift'] and (real.groupby('tier')['shift'].mean().abs()<1e-9).all() and (real.groupby('tier').size()>=50).all() and {f'real, {t}' for t in real.tier}<set(kept['shape'])

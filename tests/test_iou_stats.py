@@ -3,7 +3,8 @@ import math
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches.iou_stats import by_church, hedges_factor, paired_shift, readable_table, shift_table
+from ssl_wikichurches import iou_stats
+from ssl_wikichurches.iou_stats import bca_interval, by_church, hedges_factor, paired_shift, pair_scores, readable_table, resampled_means, shift_table
 
 def scores(models=('a','b'), tiers=('linear','lora','full'), seeds=(0,1), n=30, photos=1, rng=None):
     rng = rng or np.random.default_rng(0); rows = []
@@ -65,3 +66,117 @@ def test_bad_tables(spoil, match):
 def test_readable_table_signs_and_bounds():
     text = readable_table(shift_table(scores(n=60)))
     assert text['shift'].str.match(r'^[+-]0\.\d{4}$|^0$').all() and not text.isna().any().any()
+
+# ---- the bootstrap of a family
+
+def family(name, n=139, k=5):
+    g = np.random.default_rng(k)
+    return {'normal':lambda: g.normal(.01, .04, (n,k)), 'skewed':lambda: g.gamma(.5, .04, (n,k)), 'heavy':lambda: g.standard_t(2, (n,k))*.02, 'zeros':lambda: g.normal(0, .04, (n,k))*(g.random((n,k))<.3),
+            'one moved':lambda: (np.arange(n)==7)[:,None]*np.linspace(.1, 1, k), 'far':lambda: 1e6+g.normal(0, 1e-3, (n,k)), 'tiny':lambda: 1e-7*g.normal(size=(n,k))}[name]()
+
+def scipy_bca(x, seed=0, n_resamples=9999, level=.95):
+    return stats.bootstrap((x,), np.mean, method='BCa', n_resamples=n_resamples, confidence_level=level, rng=np.random.default_rng(seed))
+
+@pytest.mark.parametrize('name', ['normal','skewed','heavy','zeros','far','tiny'])
+@pytest.mark.parametrize('n,seed,resamples,level', [(139,0,9999,.95), (60,3,1999,.8), (30,1,999,.99)])
+def test_bca_of_a_family_is_scipys_column_by_column(name, n, seed, resamples, level):
+    x = family(name, n); low,high = bca_interval(x, seed, resamples, level)
+    for k in range(x.shape[1]):
+        r = scipy_bca(x[:,k], seed, resamples, level)
+        ties = (np.abs(r.bootstrap_distribution-x[:,k].mean())<1e-9*x[:,k].std()).sum() # scipy's rounding breaks them by chance, `bca_interval` counts them as halves
+        assert (low[k],high[k])==pytest.approx(tuple(r.confidence_interval), rel=1e-9, abs=(.02*ties+1e-9)*x[:,k].std())
+        assert ties<(3 if name=='zeros' else 1)
+
+@pytest.mark.parametrize('name', ['normal','skewed','heavy','zeros'])
+def test_bca_ends_of_one_bootstrap_distribution(name):
+    x = family(name)[:,:1]
+    for resamples in (99,1000,4999):
+        theirs = scipy_bca(x[:,0], 5, resamples)
+        ours = iou_stats._bca_ends(theirs.bootstrap_distribution[:,None]-x.mean(0), x, .95)[:,0]
+        assert np.abs(ours-[*theirs.confidence_interval]).max()<=1e-13*np.abs(x).max()
+
+def test_bca_agrees_with_other_resamples_but_for_chance():
+    x = family('skewed', k=12); low,high = bca_interval(x)
+    ends = np.array([[*scipy_bca(c, 100+k).confidence_interval] for k,c in enumerate(x.T)]).T
+    assert np.abs(np.array([low,high])-ends).max()<.15*(x.std(0)/139**.5).max()
+
+def test_bca_where_one_church_moved():
+    "Means tie in thousands, and with the observed one: scipy's rounding breaks those ties by chance, so the resamples are counted here."
+    x = family('one moved')[:,-1]; m = np.random.default_rng(0).integers(0, 139, (9999,139)); hits = (m==7).sum(1)
+    z0 = stats.norm.ppf(((hits<1).mean()+(hits<=1).mean())/2); c = x-x.mean(); a = (c**3).sum()/6/(c**2).sum()**1.5
+    z = z0+stats.norm.ppf([.025,.975]); q = stats.norm.cdf(z0+z/(1-a*z))
+    assert bca_interval(x)==pytest.approx(np.quantile(hits/139, q))
+
+def test_bca_of_what_does_not_vary_and_of_what_is_no_family():
+    x = np.c_[np.zeros(9),np.full(9,.1),np.arange(9.)]; low,high = bca_interval(x)
+    assert np.isnan(low[:2]).all() and np.isnan(high[:2]).all() and (low[2],high[2])==pytest.approx(tuple(bca_interval(np.arange(9.))))
+    assert np.isnan(bca_interval(np.zeros(5))).all()
+    for bad,match in (((np.zeros((2,3)),),'at least 3'), ((np.zeros((3,3,3)),),'churches'), (([0,1,np.inf],),'not finite'), (([0,1,2],0,9999,95),'level'), (([0,1,2],0,9),'at least 99')):
+        with pytest.raises(ValueError, match=match): bca_interval(*bad)
+
+def test_resampled_means_whatever_was_asked_before():
+    x = family('normal', 300, 2); first = resampled_means(x, 700, 4)
+    for n,r,s in ((300,700,5),(299,700,4),(300,256,4),(300,257,4)): resampled_means(x[:n], r, s)
+    rows = np.random.default_rng(4).integers(0, 300, (700,300))
+    assert np.array_equal(first, resampled_means(x, 700, 4)) and np.allclose(first, x[rows].mean(1), atol=1e-15)
+    assert np.allclose(first[:257], resampled_means(x, 257, 4), atol=1e-15)
+
+def test_table_and_one_comparison_give_the_same_row():
+    s = scores(); t = shift_table(s, seed=3).set_index(['model','tier'])
+    for key,g in s[s.tier!='linear'].groupby(['model','tier']):
+        c = by_church(g); r = paired_shift(c.before, c.after, 3)
+        assert all(t.loc[key][k]==pytest.approx(r[k], rel=1e-12) for k in ('n','before','after','shift','low','high','d_z','d_av','t','p'))
+
+def test_two_churches_make_no_table_but_of_the_control():
+    with pytest.raises(ValueError, match='at least 3'): shift_table(scores(n=2))
+    assert (shift_table(scores(n=2, tiers=('linear',))).note=='identical by construction').all()
+
+# ---- scores from elsewhere
+
+def foreign(n=20, k=0): return pd.DataFrame(dict(image=[f'{i:04}' for i in range(n)], value=np.random.default_rng(k).random(n)))
+
+@pytest.mark.parametrize('files', [False,True])
+def test_scores_from_elsewhere_match_by_name(tmp_path, files):
+    b = foreign(); runs = pd.concat([foreign(k=10+i).assign(model='m', tier=t, seed=s) for i,(t,s) in enumerate([('lora',0),('lora',1),('full',0),('full',1)])])
+    shuffled = runs.sample(frac=1, random_state=0)
+    if files:
+        for name,t in (('b',b),('a',shuffled)): t.to_csv(tmp_path/f'{name}.csv', index=False)
+    t = shift_table(pair_scores(*((tmp_path/'b.csv',str(tmp_path/'a.csv')) if files else (b,shuffled)))).set_index('tier')
+    for tier,g in runs.groupby('tier'):
+        after = g.groupby('image').value.mean(); r = stats.ttest_rel(after, b.set_index('image').value.loc[after.index])
+        assert t.loc[tier,'t']==pytest.approx(r.statistic) and t.loc[tier,'p']==pytest.approx(r.pvalue) and t.loc[tier,'n']==20 and t.loc[tier,'seeds']==2
+
+def test_scores_of_two_models_meet_their_own_baseline():
+    b = pd.concat([foreign(k=i).assign(model=m) for i,m in enumerate('xy')]); a = pd.concat([foreign(k=5+i).assign(model=m, tier='lora') for i,m in enumerate('xy')])
+    t = shift_table(pair_scores(b, a)).set_index('model')
+    for i,m in enumerate('xy'): assert t.loc[m,'shift']==pytest.approx(foreign(k=5+i).value.mean()-foreign(k=i).value.mean())
+    one = shift_table(pair_scores(foreign(), a)).set_index('model') # one baseline for both
+    assert one.loc['y','before']==pytest.approx(foreign().value.mean())
+    with pytest.raises(ValueError, match='20 scores more than once'): pair_scores(b, foreign())
+    with pytest.raises(ValueError, match='20 images of after are not in before'): pair_scores(b[b.model=='x'], a)
+
+def test_churches_of_scores_from_elsewhere():
+    b = foreign().assign(church=[f'Q{i//2}' for i in range(20)])
+    assert shift_table(pair_scores(b, foreign(k=1))).n.item()==10 and shift_table(pair_scores(foreign(), b.assign(value=foreign(k=1).value))).n.item()==10
+    assert shift_table(pair_scores(foreign(), foreign(k=1))).n.item()==20
+    with pytest.raises(ValueError, match='1 images have another church before than after, first 0003'): pair_scores(b, b.assign(church=b.church.where(b.image!='0003', 'Q99')))
+
+def test_scores_of_a_run_with_metrics_blocks_and_heads():
+    full = pd.concat([foreign(k=10*i+j).assign(metric=m, block=k, head=h, chance=.05, ceiling=.9) for i,m in enumerate(['iou@90','auroc']) for j,(k,h) in enumerate([(10,'mean'),(11,'mean'),(11,'0')])])
+    moved = full.assign(value=full.value+.1)
+    s = pair_scores(full, moved, dict(metric='auroc', block=11, head=0))
+    assert len(s)==20 and np.allclose(np.sort(s.before), np.sort(foreign(k=12).value)) and np.allclose(s.after-s.before, .1)
+    for only,match in ((None,'2 values of metric'), (dict(metric='auroc'),'2 values of block'), (dict(metric='auroc', block=9),'no rows with block 9'), (dict(layer=3),"lacks the columns .'layer'.")):
+        with pytest.raises(ValueError, match=match): pair_scores(full, moved, only)
+
+@pytest.mark.parametrize('spoil,match', [
+    (lambda a: a[3:], r'3 images of before are not in after \(first 0000\)'), (lambda a: a.assign(image=a.image.str.replace('0001','x')), r'1 images of before are not in after \(first 0001\) and 1 images of after are not in before \(first x\)'),
+    (lambda a: pd.concat([a, a[4:6]]), 'after has 2 scores more than once, first of image 0004: expected one per image'), (lambda a: a.assign(value=a.value.where(a.image!='0007')), 'after has 1 scores that are no finite number, first of image 0007'),
+    (lambda a: a.assign(value=a.value.astype(str).where(a.image!='0007','?')), '0007'), (lambda a: a.assign(value=np.inf), '20 scores'), (lambda a: a.rename(columns=dict(image='file')), "lacks the columns .'image'."), (lambda a: a[:0], 'holds no scores'),
+    (lambda a: a.assign(image=a.image.where(a.image!='0002')), '1 rows without image'), (lambda a: a.assign(seed=[0.,np.nan]*10), '10 rows without seed'),
+    (lambda a: pd.concat([a.assign(seed=0), a[1:].assign(seed=1)]), 'different images'), (lambda a: a.assign(tier='linear'), 'not measured alike')])
+def test_scores_from_elsewhere_that_do_not_fit(spoil, match):
+    with pytest.raises(ValueError, match=match): shift_table(pair_scores(foreign(), spoil(foreign(k=1))))
+
+def test_a_baseline_with_two_runs_is_refused():
+    with pytest.raises(ValueError, match='before has 20 scores more than once'): pair_scores(pd.concat([foreign().assign(seed=s) for s in (0,1)]), foreign(k=1))

@@ -6,11 +6,11 @@ from scipy.stats import entropy, hypergeom, pearsonr, wasserstein_distance_nd, z
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from ssl_wikichurches.attention import regrid
 from ssl_wikichurches.baselines import baseline_maps, center_maps, center_widths, derangement, edge_maps, mask_maps, other_maps, prior_maps, random_maps, uniform_maps
-from ssl_wikichurches.data import ChurchDataset, box_mask, church_id, eval_transform, read_churches
-from ssl_wikichurches.measures import (BYTES_PER_PIXEL, EPS, MEASURES, area_matched_iou, average_precision, average_precision_chance, best_box, best_iou_chance, box_masks, box_scores,
-    correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game, rank_accuracy, rank_pixels, score_measures, shuffled_auroc,
+from ssl_wikichurches.data import box_mask
+from ssl_wikichurches.measures import (EPS, area_matched_iou, average_precision, average_precision_chance, best_box, best_iou_chance, box_masks, box_scores,
+    correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc,
     shuffled_auroc_ceiling, similarity, soft_target)
-from ssl_wikichurches.metrics import auroc, coverage, iou_at_percentile, iou_chance, upsample
+from ssl_wikichurches.metrics import find_places, iou_chance, iou_of_top, rank_pixels, shares
 
 def drawn_case(seed, h, w, ties):
     "A map, a mask that is neither empty nor full, and how often others boxed a pixel."
@@ -38,8 +38,9 @@ def test_ranking_measures(seed, h, w, ties):
     close(average_precision(t, m), average_precision_score(flat, heat.ravel()))
     again = np.concatenate([heat[mask], np.repeat(heat.ravel(), others.ravel())])
     close(shuffled_auroc(t, m, T(others)), roc_auc_score(np.arange(len(again))<flat.sum(), again))
-    r = rank_pixels(t)
-    for f in (rank_accuracy, area_matched_iou, average_precision, mass_iou): assert torch.equal(f(t, m, ranking=r), f(t, m))
+    places = find_places(rank_pixels(t), m)
+    for f in (rank_accuracy, area_matched_iou, average_precision, mass_iou): assert torch.equal(f(t, m, places=places), f(t, m))
+    for k in range(1, h*w+1): close(iou_of_top(places, k), jaccard_score(flat, top(heat, k)))
 
 @many
 @cases
@@ -200,9 +201,7 @@ def test_many_maps_at_once_equal_one_by_one():
     for i in np.ndindex(2,3,4):
         one = every(x[i], m, o, prior)
         for k in whole: assert whole[k].shape==(2,3,4) and whole[k].dtype==torch.double; close(whole[k][i], one[k], 1e-12)
-    masks = torch.rand(2,1,1,6,6, generator=g)>.6 # a mask per image
-    for f in (rank_accuracy, average_precision, mass_iou, nss, pointing_game):
-        close(f(x, masks), torch.stack([f(x[i], masks[i,0,0]) for i in range(2)]), 1e-12)
+    masks = torch.rand(2,1,1,6,6, generator=g)>.6 # a target per image
     close(kl_divergence(x, soft_target(masks, 6)), torch.stack([kl_divergence(x[i], soft_target(masks[i,0,0], 6)) for i in range(2)]), 1e-12)
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
@@ -211,7 +210,7 @@ def test_sums_are_exact_in_every_precision(dtype):
     x = torch.full((224,224), .01).to(dtype); m = torch.zeros(224,224, dtype=torch.bool); m[:112] = True
     close(best_box(x, m[None], 'coverage'), .5, 1e-12); assert n_holding(x, .5).item()==224*112 and nss(x, m).item()==0
 
-# ---- prior, engine
+# ---- prior
 
 def some(n=5, s=24, L=2, H=3, g=6, seed=7):
     r = torch.Generator().manual_seed(seed)
@@ -234,49 +233,6 @@ def test_shuffled_auroc_of_one_map_for_all_is_one_half(seed, n, s, ties):
     heat,_,_ = drawn_case(seed, s, s, ties); g = np.random.default_rng(seed+1)
     masks = g.random((n,s,s))>.7; masks[np.arange(n), g.integers(s, size=n), g.integers(s, size=n)] = True; masks = T(masks)
     close(np.mean([shuffled_auroc(T(heat), m, o).item() for m,o in zip(masks, loo_prior(masks, eps=0))]), .5, 1e-12)
-
-def test_table_equals_single_calls():
-    maps,masks,boxes,names = some(); groups = list('aabbc')
-    table = score_measures(maps, masks, boxes, names, groups, q=80, mass=.5, tolerance=2, eps=.01, prior_eps=.3)
-    assert len(table)==5*2*4*15 and not table.isna().any().any()
-    assert set(table.metric.str.split('@').str[0])==set(MEASURES.index.str.split('@').str[0])
-    row = table.set_index(['image','block','head','metric']).sort_index()
-    prior,others = loo_prior(masks, groups, .3),loo_prior(masks, groups, 0)
-    for i,name in enumerate(names):
-        m,t,parts = masks[i],soft_target(masks[i], 6),box_masks(boxes[i], 24)
-        for block in range(2):
-            for head,x in [*((str(h),maps[i,block,h]) for h in range(3)), ('mean',maps[i,block].mean(0))]:
-                up = upsample(x, 24)
-                want = {'iou@area':area_matched_iou(up, m), 'rank_accuracy':rank_accuracy(up, m), 'mass_iou@50':mass_iou(up, m, .5), 'average_precision':average_precision(up, m), 'pointing@2':pointing_game(up, m, 2),
-                        'nss':nss(up, m), 'shuffled_auroc':shuffled_auroc(up, m, others[i]), 'information_gain':information_gain(up, m, prior[i], .01), 'kl':kl_divergence(x, t, .01), 'similarity':similarity(x, t),
-                        'correlation':correlation(x, t), 'emd':emd(x, t), 'recall@80':box_scores(up, parts, 'recall', 80).mean(), 'best_iou@80':best_box(up, parts, 'iou', 80), 'best_coverage':best_box(up, parts, 'coverage')}
-                for k,v in want.items(): assert row.value[name,block,head,k]==pytest.approx(v.item(), abs=1e-9), k
-                k = n_holding(up, .5).item(); assert row.chance[name,block,head,'mass_iou@50']==pytest.approx(iou_chance(int(m.sum()), 576, 100*(1-k/576)), abs=1e-12)
-    lower = row.index.get_level_values('metric').isin(['kl','emd'])
-    assert (np.where(lower, row.value-row.ceiling, row.ceiling-row.value)>=-1e-9).all()
-
-def test_memory_changes_nothing():
-    maps,masks,boxes,names = some(); one = BYTES_PER_PIXEL*24*24
-    tables = [score_measures(maps, masks, boxes, names, memory=m) for m in (one, 3*one, 2**29)]
-    for t in tables[1:]: assert t.drop(columns='value').equals(tables[0].drop(columns='value')); close(t.value, tables[0].value, 1e-12)
-    with pytest.raises(ValueError, match='takes'): score_measures(maps, masks, boxes, names, memory=one-1)
-
-def test_order_of_images_and_parallel_doubling():
-    maps,masks,boxes,names = some(); key = ['image','block','head','metric']
-    a = score_measures(maps, masks, boxes, names, list('aabbc')).sort_values(key, ignore_index=True)
-    b = score_measures(maps.flip(0), masks.flip(0), boxes[::-1], names[::-1], list('cbbaa')).sort_values(key, ignore_index=True)
-    c = score_measures(maps*2, masks, boxes, names, list('aabbc')).sort_values(key, ignore_index=True)
-    for other in (b, c):
-        assert a[key].equals(other[key])
-        for col in ('value','chance','ceiling'): close(a[col], other[col], 1e-10)
-
-def test_a_box_that_is_the_whole_image_and_one_that_is_no_pixel():
-    maps,masks,boxes,names = some(n=3); whole = T([[0.,0,24,24],[3.1,3.1,3.3,3.4]])
-    boxes[0],masks[0] = whole,True
-    table = score_measures(maps, masks, boxes, names); one = table[table.image=='a'].set_index('metric').value
-    assert not table.drop(columns='head').isna().any().any() and 'correlation' not in one and len(one.index.unique())==14 # nothing can correlate with an even target
-    for k in ('iou@area','rank_accuracy','average_precision','pointing@0','best_coverage'): close(one[k], 1)
-    close(one['nss'], 0); assert (one['recall@90']<.11).all() # of the one box that is left
 
 # ---- baselines
 
@@ -313,16 +269,6 @@ def test_derangements_are_equally_likely():
     counts = np.array([seen.count(p) for p in set(seen)]); assert len(counts)==9 and counts.min()>140 and counts.max()<260
     x = torch.arange(8.); assert (other_maps(x)!=x).all()
 
-def test_real_photographs(real):
-    churches = read_churches(real/'photos', on_error='skip', verify=False)
-    items = [i for i in ChurchDataset(churches, [*churches.boxes.image.unique()][:6], eval_transform(224)) if len(i['boxes'])]
-    boxes = [i['boxes'].as_subclass(torch.Tensor) for i in items]; masks = torch.stack([box_mask(b, 224) for b in boxes]); names = [i['name'] for i in items]
-    found = baseline_maps(torch.stack([i['image'] for i in items]), masks, 14, [church_id(n) for n in names])
-    table = score_measures(torch.stack(list(found.values()), 1)[:,:,None], masks, boxes, names, [church_id(n) for n in names]).query("head=='mean'")
-    mean = table.assign(map=np.array(list(found))[table.block]).pivot_table(index='metric', columns='map', values='value')
-    higher = mean.drop(index=['kl','emd'])
-    assert (higher.boxes>=higher.drop(columns='boxes').max(axis=1)).all() and (mean.boxes[['kl','emd']]<mean.drop(columns='boxes').min(axis=1)[['kl','emd']]).all()
-
 # ---- refusals
 
 h,m,full = torch.rand(4,4, generator=torch.Generator().manual_seed(1)),torch.zeros(4,4, dtype=torch.bool).index_fill(0, T(1), True),torch.ones(4,4, dtype=torch.bool)
@@ -335,6 +281,6 @@ t = m.double()/m.sum()
     (lambda: shuffled_auroc(h, m, h*0), 'loo_prior'), (lambda: information_gain(h, m, h*0), 'loo_prior'), (lambda: loo_prior(m[None]), 'one church'), (lambda: loo_prior(m), 'groups'),
     (lambda: loo_prior(torch.stack([m,m&False])), 'empty'), (lambda: box_masks(torch.zeros(0,4), 4), 'no boxes'), (lambda: box_scores(h, m[None], 'area'), 'recall'),
     (lambda: edge_maps(h[None], 2), 'expected'), (lambda: derangement(2, [1]), 'groups'), (lambda: derangement(1), 'more than half'),
-    (lambda: score_measures(h[None,None,None], m[None], [], ['a']), 'same number')])
+    (lambda: find_places(rank_pixels(h), m[:2]), 'expected 16 pixels'), (lambda: shares(h-1), 'negative'), (lambda: rank_accuracy(h, m[None]), 'one mask')])
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match): call()

@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import hypergeom
 from sklearn.metrics import roc_auc_score
-from ssl_wikichurches.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, n_kept, score_maps, upsample
+from ssl_wikichurches.metrics import auroc, coverage, find_places, iou_at_percentile, iou_ceiling, iou_chance, n_kept, rank_pixels, shares, upsample
 
 def brute_iou(heat, mask, q):
     k = round(heat.size*(100-q)/100)
@@ -44,33 +44,38 @@ def test_only_the_ranking_counts(change):
     g = torch.Generator().manual_seed(1); heat = torch.rand(5,12,12, generator=g).double(); mask = torch.rand(12,12, generator=g)>.7
     assert torch.equal(iou_at_percentile(heat, mask), iou_at_percentile(change(heat), mask)) and torch.equal(auroc(heat, mask), auroc(change(heat), mask))
 
-def test_table_equals_single_calls():
-    g = torch.Generator().manual_seed(2); maps = torch.rand(3,2,4,6,6, generator=g); masks = torch.rand(3,24,24, generator=g)>.8
-    table = score_maps(maps, masks, list('abc'), percentiles=[50,90]).set_index(['image','block','head','metric']).value
-    assert len(table)==3*2*5*4
-    for i,name in enumerate('abc'):
-        for b in range(2):
-            for head,m in [*((str(h),maps[i,b,h]) for h in range(4)), ('mean',maps[i,b].mean(0))]:
-                up = upsample(m, 24)
-                assert table[name,b,head,'iou@90']==pytest.approx(iou_at_percentile(up, masks[i], 90).item(), abs=1e-6)
-                assert table[name,b,head,'iou@50']==pytest.approx(iou_at_percentile(up, masks[i], 50).item(), abs=1e-6)
-                assert table[name,b,head,'coverage']==pytest.approx(coverage(up, masks[i]).item(), abs=1e-6)
-                assert table[name,b,head,'auroc']==pytest.approx(auroc(up, masks[i]).item(), abs=1e-6)
-
-def test_permuting_images_permutes_scores():
-    g = torch.Generator().manual_seed(3); maps = torch.rand(3,1,2,6,6, generator=g); masks = torch.rand(3,24,24, generator=g)>.8
-    a,b = score_maps(maps, masks, list('abc')), score_maps(maps.flip(0), masks.flip(0), list('cba'))
-    key = ['image','block','head','metric']
-    assert a.sort_values(key, ignore_index=True).equals(b.sort_values(key, ignore_index=True))
-
 def test_upsampling_a_centered_patch_keeps_its_center():
     m = torch.zeros(5,5); m[1,3] = 1; up = upsample(m, 50)
     y,x = divmod(up.argmax().item(), 50); assert (x//10,y//10)==(3,1)
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize('values', [2, 5, 1000, 0])
+def test_ranking_by_brute_force(dtype, values):
+    "Negative numbers, both zeros, subnormals and ties, on the fast way and on the other."
+    g = torch.Generator().manual_seed(values)
+    x = torch.randint(-values, values+1, (3,2,7,9), generator=g)*.5 if values else torch.randn(3,2,7,9, generator=g)*10**torch.randn(3,2,7,9, generator=g).mul(12)
+    x = (x*2 if dtype==torch.int64 else x).clamp(-1e4, 1e4).to(dtype); x.flatten()[:4] = torch.tensor([0.,-0.,1e-42,-1e-42]).to(dtype)
+    r = rank_pixels(x); flat = x.flatten(-2)
+    for i in np.ndindex(3,2):
+        v = flat[i].tolist(); want = sorted(range(63), key=lambda j: (-v[j], j))
+        assert r.order[i].tolist()==want and r.values[i].tolist()==[v[j] for j in want]
+    mask = torch.rand(7,9, generator=g)>.6; p = find_places(r, mask)
+    for i in np.ndindex(3,2):
+        order,v = r.order[i].tolist(),r.values[i].tolist(); hit = [k for k,j in enumerate(order) if mask.flatten()[j]]
+        assert p.at[i].tolist()==hit
+        assert p.first[i].tolist()==[min(k for k in range(63) if v[k]==v[h]) for h in hit]
+        last = [max(k for k in range(63) if v[k]==v[h]) for h in hit]
+        assert p.last[i].tolist()==last and p.upto[i].tolist()==[sum(h<=l for h in hit) for l in last]
+
+def test_ranking_keeps_gradients_and_maps_as_they_are():
+    x = torch.randn(5,5, requires_grad=True); before = x.detach().clone(); rank_pixels(x)
+    assert torch.equal(x, before) and shares(x.abs()).requires_grad
+
 @pytest.mark.parametrize('call,match', [
     (lambda h,m: iou_at_percentile(h[:3], m), 'upsample'), (lambda h,m: iou_at_percentile(h, m.float()), 'bool'), (lambda h,m: iou_at_percentile(h, m&False), 'empty'),
     (lambda h,m: iou_at_percentile(h*float('nan'), m), 'finite'), (lambda h,m: iou_at_percentile(h, m, 100), 'percentile'), (lambda h,m: iou_at_percentile(h, m, 99.9), 'none'),
-    (lambda h,m: coverage(h-1, m), 'negative'), (lambda h,m: coverage(h*0, m), 'zero'), (lambda h,m: auroc(h, m|True), 'outside')])
+    (lambda h,m: coverage(h-1, m), 'negative'), (lambda h,m: coverage(h*0, m), 'zero'), (lambda h,m: auroc(h, m|True), 'outside'),
+    (lambda h,m: auroc(h[None], m[None]), 'one mask'), (lambda h,m: iou_at_percentile(h-float('inf'), m), 'finite'), (lambda h,m: shares(h-h.max()), 'negative')])
 def test_bad_input(call, match):
     h,m = torch.rand(4,4), torch.zeros(4,4, dtype=torch.bool); m[1,1] = True
     with pytest.raises(ValueError, match=match): call(h, m)

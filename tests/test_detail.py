@@ -1,0 +1,356 @@
+"Styles, parts, blocks and heads against plain recomputation from metrics.parquet and maps."
+import itertools, json, re, shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from matplotlib import pyplot as plt
+from scipy import stats
+from torch.nn import functional as F
+from ssl_wikichurches.data import STYLES, ChurchDataset, eval_transform, read_churches
+from ssl_wikichurches.detail import (FEW, best_block_table, best_heads, block_table, church_cells, example_images, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
+                                     part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs)
+from ssl_wikichurches.experiments import Study, run_study
+from ssl_wikichurches.inference import moderation
+from ssl_wikichurches.maps import load_maps, save_maps
+from ssl_wikichurches.plots import block_plot, grid_plot, ranking_plot, slope_plot
+from ssl_wikichurches.report import write_report
+from ssl_wikichurches.results import study_scores, study_table
+
+@pytest.fixture(scope='module')
+def done(drawn, tmp_path_factory):
+    "A complete study with two seeds. Not to be changed."
+    recipes = dict(linear=dict(epochs=1), lora=dict(epochs=1, lr=3e-2))
+    study = Study('deep', data=str(drawn), models=('tiny-clip','tiny-siglip'), tiers=('linear','lora'), seeds=(0,1), size=64, val=.3, recipes=recipes)
+    with ThreadPoolExecutor(1) as pool: return run_study(study, tmp_path_factory.mktemp('runs'), pool, device='cpu', progress=False)
+
+@pytest.fixture
+def root(done, tmp_path): return Path(shutil.copytree(done, tmp_path/done.name))
+
+def table_of(folder, metric='iou@90'):
+    d = pd.read_parquet(folder/'metrics.parquet')
+    return d[d.metric==metric]
+
+def boxed(drawn, names, size=64):
+    "Per image a list of (part, bool mask), by comparing coordinates one box at a time."
+    churches,c,out = read_churches(drawn, verify=False), np.arange(size)+.5, []
+    for item in ChurchDataset(churches, names, eval_transform(size, 'squash')):
+        found = []
+        for (x0,y0,x1,y1),p in zip(item['boxes'].numpy(), item['parts']): found.append((p, np.outer((c>=y0)&(c<y1), (c>=x0)&(c<x1))))
+        out.append(found)
+    return churches,out
+
+# ---- styles
+
+def test_style_and_area_of_every_image(done, drawn):
+    s = styled_scores(done)
+    assert set(s.tier)=={'lora'} and set(s.unit)=={'iou@90'}
+    names = [*s.image.unique()]
+    churches,found = boxed(drawn, names)
+    for n,boxes in zip(names, found):
+        rows = s[s.image==n]
+        tags = [STYLES[q] for q in churches.images.styles[n] if q in STYLES]
+        assert set(rows['style'])=={tags[0]} and np.allclose(rows.area, np.any([m for _,m in boxes], axis=0).mean(), atol=1e-12)
+
+def made_scores(rng, churches=20, per=2, seeds=(0,1), styles=('Gothic','Baroque','Romanesque'), effect=0.):
+    rows = [dict(model='m', tier='lora', seed=k, image=f'Q{c}_wd{i}.jpg', church=f'Q{c}', style=styles[c%len(styles)], area=.05+.01*((7*c+i)%13), unit='iou@90', before=rng.random(), after=0.)
+            for k in seeds for c in range(churches) for i in range(per)]
+    d = pd.DataFrame(rows)
+    before = d.groupby('image').before.first() # one frozen run
+    return d.assign(before=d.image.map(before), after=lambda d: d.before+.02*rng.normal(size=len(d))+effect*(d['style']=='Gothic'))
+
+def test_style_table_by_plain_means():
+    s = made_scores(np.random.default_rng(0))
+    t = style_table(s).set_index('style')
+    for style,g in s.groupby('style'):
+        d = g.assign(d=g.after-g.before).groupby(['church','image']).d.mean().groupby('church').mean()
+        r = t.loc[style]
+        assert r.n==len(d)==g.church.nunique() and r.images==g.image.nunique() and r.seeds==2 and abs(r['shift']-d.mean())<1e-14 and r.low<=r['shift']<=r.high
+        assert abs(r.area-g.drop_duplicates('image').area.median())<1e-15
+    assert [*t.index]==['Romanesque','Gothic','Baroque'] # order of the classes
+
+def test_style_table_does_not_depend_on_order_and_turns_with_its_sign():
+    s = made_scores(np.random.default_rng(1))
+    t = style_table(s)
+    pd.testing.assert_frame_equal(style_table(s.sample(frac=1, random_state=3)), t, rtol=1e-9)
+    back = style_table(s.rename(columns=dict(before='after', after='before')))
+    np.testing.assert_allclose(back['shift'], -t['shift'], atol=1e-14); np.testing.assert_allclose(back.d_z, -t.d_z, atol=1e-12)
+    assert (style_tests(s).p-style_tests(s.rename(columns=dict(before='after', after='before'))).p).abs().max()<1e-6
+
+def test_a_style_of_two_churches_has_no_interval_and_one_without_label_no_test():
+    s = made_scores(np.random.default_rng(2), churches=9)
+    s.loc[s.church.isin(['Q0','Q3']), 'style'] = 'Renaissance'
+    s.loc[s.church=='Q1', 'style'] = 'other'
+    t = style_table(s).set_index('style')
+    assert t.note['Renaissance']==FEW and np.isnan(t.low['Renaissance']) and t.n['Renaissance']==2 and t.index[-1]=='other'
+    assert style_tests(s).n.item()==8 and style_tests(s).styles.item()==4
+
+def test_joint_test_is_the_f_test_of_nested_models():
+    s = made_scores(np.random.default_rng(3), per=1, seeds=(0,))
+    d = (s.after-s.before).to_numpy(); log = np.log2(s.area.to_numpy())
+    small = np.c_[np.ones(len(d)), log]; full = np.c_[small, s['style']=='Gothic', s['style']=='Baroque'].astype(float)
+    rss = lambda X: ((d-X@np.linalg.lstsq(X, d, rcond=None)[0])**2).sum()
+    f = (rss(small)-rss(full))/2/(rss(full)/(len(d)-4))
+    r = style_tests(s).iloc[0]
+    assert r.test=='least squares, F' and abs(r.p-stats.f.sf(f, 2, len(d)-4))<1e-9 and abs(r.per_doubling-np.linalg.lstsq(full, d, rcond=None)[0][1])<1e-10
+    assert abs(r.p_bh-r.p)<1e-15 # a family of one
+
+def test_joint_test_with_several_rows_is_the_mixed_model():
+    s = made_scores(np.random.default_rng(4), effect=.05)
+    r = style_tests(s).iloc[0]
+    m = moderation(s.assign(shift=s.after-s.before)).set_index('term')
+    assert r.test=='mixed model, Wald' and r.p==m.p['style, jointly']<1e-4 and r['rows']==80 and r.n==20
+    assert style_tests(made_scores(np.random.default_rng(4))).p.item()>.01
+
+@pytest.mark.parametrize('change,note', [(lambda s: s.assign(style='Gothic'), 'one style'), (lambda s: s[s.church.isin(['Q0','Q1','Q2','Q3'])], 'too few'), (lambda s: s.assign(after=s.before), 'the same'),
+                                         (lambda s: s.assign(area=.1).query('seed==0').drop_duplicates('church'), 'told apart')])
+def test_no_joint_test_says_why(change, note):
+    r = style_tests(change(made_scores(np.random.default_rng(5)))).iloc[0]
+    assert note in r.note and np.isnan(r.p) and np.isnan(r.p_bh) and not r.discovery
+
+# ---- parts
+
+def test_kinds_of_a_graph():
+    parts = lambda *rows: pd.DataFrame(rows, columns=['name','parents'])
+    assert part_kinds(parts(('a',[]), ('b',[0]), ('c',[1]), ('d',[4]), ('e',[]), ('f',[2,3])))==dict(a=('a',), b=('a',), c=('a',), d=('e',), e=('e',), f=('a','e'))
+    assert part_kinds(parts(('x',[1]), ('y',[0])))==dict(x=('x',), y=('y',)) # a circle
+    assert part_kinds(parts(('w',[]), ('v',[]), ('u',[0]), ('u',[1])))['u']==('v','w') # one name twice
+
+def recall_of(stored, i, mask, size=64):
+    "By sorting the pixels of a map in plain numpy."
+    heat = F.interpolate(stored.maps[i,-1].mean(0)[None,None], (size,size), mode='bilinear', align_corners=False).numpy().ravel()
+    top = np.argsort(-heat, kind='stable')[:round(.1*size*size)]
+    return mask.ravel()[top].sum()/mask.sum(), (heat.astype(float)/heat.sum(dtype=float))[mask.ravel()].sum()
+
+@pytest.mark.parametrize('level', ['kind','part'])
+def test_part_scores_pixel_by_pixel(done, drawn, level):
+    recall,lift = (part_scores(done, of, level).set_index(['model','seed','image','part']) for of in ('recall','lift'))
+    assert recall.index.is_unique and recall.index.equals(lift.index) and set(recall.tier)=={'lora'}
+    seen = 0
+    for model in ('tiny-clip','tiny-siglip'):
+        frozen,tuned = load_maps(done/f'{model}-frozen'),[load_maps(done/f'{model}-lora-seed{k}') for k in (0,1)]
+        churches,found = boxed(drawn, frozen.images)
+        names = {p:{p} for p in churches.parts.name} if level=='part' else {r.name:{churches.parts.name[j] for j in r.parents} or {r.name} for r in churches.parts.itertuples(index=False)}
+        if level=='kind': names = {p:set().union(*(names[k] for k in ks)) for p,ks in names.items()} # the drawn ontology is two deep
+        for i,(n,boxes) in enumerate(zip(frozen.images, found)):
+            for kind in {k for p,m in boxes for k in names[p]}:
+                masks = [m for p,m in boxes if kind in names[p]]; union = np.any(masks, axis=0)
+                if not union.any(): continue
+                for k in (0,1):
+                    r,l = recall.loc[model,k,n,kind],lift.loc[model,k,n,kind]; seen += 1
+                    assert r.boxes==sum(m.any() for m in masks) and abs(r.area-union.mean())<1e-12 and abs(r.chance-round(.1*64*64)/64**2)<1e-12 and l.chance==1
+                    for s,a,b in ((frozen,r.before,l.before), (tuned[k],r.after,l.after)):
+                        hit,mass = recall_of(s, i, union)
+                        assert abs(a-hit)<1e-12 and abs(b-mass/union.mean())<1e-5
+    assert seen==len(recall)>40
+
+def test_an_even_map_has_lift_one_and_the_recall_of_the_first_rows(root, drawn):
+    stored = load_maps(root/'tiny-clip-frozen')
+    save_maps(root/'tiny-clip-frozen'/'maps.safetensors', replace(stored, maps=torch.full_like(stored.maps, 1/64)))
+    lift,recall = (part_scores(root, of, 'part').query("model=='tiny-clip'") for of in ('lift','recall'))
+    assert np.allclose(lift.before, 1, atol=1e-6)
+    _,found = boxed(drawn, stored.images)
+    first = (np.arange(64*64)<round(.1*64*64)).reshape(64,64) # ties go to the earlier pixel
+    for r in recall.itertuples():
+        union = np.any([m for p,m in found[stored.images.index(r.image)] if p==r.part], axis=0)
+        assert abs(r.before-(union&first).sum()/union.sum())<1e-12
+
+def test_parts_turn_with_before_and_after(root):
+    s = part_scores(root)
+    for f in ('tiny-clip-frozen','tiny-clip-lora-seed0'): (root/f/'maps.safetensors').rename(root/f/'was.safetensors')
+    for a,b in (('tiny-clip-frozen','tiny-clip-lora-seed0'), ('tiny-clip-lora-seed0','tiny-clip-frozen')): shutil.copy(root/a/'was.safetensors', root/b/'maps.safetensors')
+    pick = lambda d: d.query("model=='tiny-clip' and seed==0").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pick(part_scores(root)).rename(columns=dict(before='after', after='before'))[s.columns], pick(s))
+
+def test_maps_in_another_order_are_refused(root):
+    path = root/'tiny-clip-lora-seed1'
+    m = load_maps(path)
+    save_maps(path/'maps.safetensors', replace(m, images=m.images[::-1], maps=m.maps.flip(0)))
+    with pytest.raises(ValueError, match='in another order'): part_scores(root)
+    for bad in (dict(of='iou'), dict(level='box')):
+        with pytest.raises(ValueError, match="'recall' or 'lift'"): part_scores(root, **bad)
+
+def test_part_table_by_plain_pandas_and_scipy(done):
+    s = part_scores(done, level='part')
+    t = part_table(s, least=3)
+    counts = s.groupby('part').church.nunique()
+    assert set(t.part)=={*counts[counts>=3].index} and set(counts[counts>=3].index)!={*counts.index}
+    for r in t.itertuples():
+        g = s[(s.model==r.model)&(s.tier==r.tier)&(s.part==r.part)]
+        m = g.groupby(['church','image'])[['before','after']].mean().groupby('church').mean()
+        one = g[g.seed==0]
+        assert r.n==len(m) and r.boxes==one.boxes.sum() and r.images==len(one) and r.seeds==2 and abs(r.area-one.area.median())<1e-12 and abs(r.shift-(m.after-m.before).mean())<1e-12
+        if np.ptp(m.after-m.before)>1e-12: assert abs(r.p-stats.ttest_rel(m.after, m.before).pvalue)<1e-12
+        else: assert np.isnan(r.p) and r.note
+    has = t.p.notna()
+    np.testing.assert_allclose(t.p_bh[has], stats.false_discovery_control(t.p[has]))
+    assert (t.groupby(['model','tier'])['shift'].diff().dropna()<=0).all()
+    pd.testing.assert_frame_equal(part_table(s.sample(frac=1, random_state=1).sort_values(['model','tier'], kind='stable'), 3).sort_values(['model','tier','part'], ignore_index=True), t.sort_values(['model','tier','part'], ignore_index=True), rtol=1e-9)
+    assert part_table(s, least=13).empty and 'p_bh' in part_table(s, least=13)
+
+# ---- blocks and heads
+
+def test_cells_are_the_scores_of_the_study(done):
+    for model,shape in (('tiny-clip',(4,5)), ('tiny-siglip',(1,5))):
+        before,after = church_cells(done, model, 'lora')
+        assert before.shape==after.shape==(12, shape[0]*shape[1]) and before.columns.equals(after.columns)
+        for block,head in before.columns:
+            pick = lambda run: (d := table_of(done/run))[(d.block==block)&(d['head']==head)].set_index('image').value
+            s = pd.DataFrame(dict(before=pick(f'{model}-frozen'), after=(pick(f'{model}-lora-seed0')+pick(f'{model}-lora-seed1'))/2))
+            g = s.groupby(s.index.str.split('_').str[0]).mean()
+            np.testing.assert_allclose(before[block,head], g.before); np.testing.assert_allclose(after[block,head], g.after)
+
+def test_several_photographs_and_seeds_by_hand(root):
+    for f,values in (('tiny-clip-frozen',[0,0,0]), ('tiny-clip-lora-seed0',[.1,.3,.5]), ('tiny-clip-lora-seed1',[.3,.5,.1])):
+        rows = [dict(image=n, block=0, head=h, metric='iou@90', value=v, chance=0, ceiling=1) for h in ('0','10','2','mean') for n,v in zip(('Q1_wd0.jpg','Q1_wd1.jpg','Q2_wd0.jpg'), values)]
+        pd.DataFrame(rows).to_parquet(root/f/'metrics.parquet', index=False)
+    before,after = church_cells(root, 'tiny-clip', 'lora')
+    assert [h for _,h in after]==['0','2','10','mean'] and (before==0).all(axis=None)
+    np.testing.assert_allclose(after.loc['Q1'], (.2+.4)/2); np.testing.assert_allclose(after.loc['Q2'], .3)
+
+def all_signs(d):
+    "Single-step p of the largest |t|, by trying every pattern of signs."
+    t = lambda x: np.abs(x.mean(0)/(x.std(0, ddof=1)/len(x)**.5))
+    seen = t(d)
+    largest = np.array([t(d*np.array(s)[:,None]).max() for s in itertools.product((1,-1), repeat=len(d))])
+    return (largest[:,None]>=seen-1e-9).mean(0)
+
+def test_blocks_by_every_pattern_of_signs(done):
+    t = block_table(done)
+    clip = t[t.model=='tiny-clip']
+    before,after = (d.xs('mean', axis=1, level='head') for d in church_cells(done, 'tiny-clip', 'lora'))
+    d = (after-before).to_numpy()
+    np.testing.assert_allclose(clip.t, stats.ttest_1samp(d, 0).statistic, rtol=1e-8); np.testing.assert_allclose(clip.p_max_t, all_signs(d), atol=1e-12)
+    np.testing.assert_allclose(clip.before, before.mean()); np.testing.assert_allclose(clip.after-clip.before, clip['shift'], atol=1e-15)
+    assert (clip.n==12).all() and (clip.seeds==2).all() and (clip.p_step_down<=clip.p_max_t).all()
+    last = study_table(done).query("tier=='lora'").set_index('model')['shift']
+    for m,g in t.groupby('model'): assert abs(g['shift'].iloc[-1]-last[m])<1e-14
+    assert t[t.model=='tiny-siglip'].reader.tolist()==['pooling head'] and (clip.reader=='class token').all()
+
+def set_levels(root, run, levels, noise=0., seed=0):
+    "Give every image of a run these levels by block and head; 'mean' is their mean."
+    levels,rng = np.atleast_2d(levels),np.random.default_rng(seed)
+    d = table_of(root/run); d = d[d.block==d.block.max()].drop_duplicates('image')
+    base = np.random.default_rng(99).normal(0, .02, len(d)) # difficulty, the same in every run
+    rows = []
+    for b in range(levels.shape[0]):
+        per = levels[b]+base[:,None]+noise*rng.normal(size=(len(d), levels.shape[1]))
+        for k,h in enumerate([*map(str, range(levels.shape[1])),'mean']): rows.append(d.assign(block=b, head=h, value=per.mean(1) if h=='mean' else per[:,k]))
+    pd.concat(rows).to_parquet(root/run/'metrics.parquet', index=False)
+
+def test_relocation_is_seen_as_relocation(root):
+    set_levels(root, 'tiny-clip-frozen', [[.1],[.3],[.1],[.1]])
+    for k in (0,1): set_levels(root, f'tiny-clip-lora-seed{k}', [[.1],[.1],[.1],[.3]])
+    r = best_block_table(root).set_index('model').loc['tiny-clip']
+    assert (r.frozen_block,r.tuned_block,r.blocks,r.n,r.divisions)==(1,3,4,12,100) and abs(r.last_to_last-.2)<1e-12 and abs(r.best_to_best)<1e-12
+    siglip = best_block_table(root).set_index('model').loc['tiny-siglip']
+    assert siglip.blocks==1 and 'nothing to choose' in siglip.note
+
+def test_heads_by_every_pattern_of_signs_and_by_rank(done):
+    g = head_grid(done, 'tiny-clip', 'lora')
+    before,after = (d.drop(columns='mean', level='head') for d in church_cells(done, 'tiny-clip', 'lora'))
+    np.testing.assert_allclose(g.p_max_t, all_signs((after-before).to_numpy()), atol=1e-12)
+    r = head_table(pd.concat([g, head_grid(done, 'tiny-siglip', 'lora')])).set_index('model').loc['tiny-clip']
+    assert abs(r.rank_correlation-stats.spearmanr(before.mean(), after.mean()).statistic)<1e-12 and r.heads==16 and r.largest==g.estimate.max()
+    assert r.up+r.down==(g.p_step_down<.05).sum()
+
+def test_the_best_of_many_heads_is_luck(root):
+    rng = np.random.default_rng(0)
+    set_levels(root, 'tiny-clip-frozen', np.full((12,12), .1), .05, 1)
+    for k in (0,1): set_levels(root, f'tiny-clip-lora-seed{k}', np.full((12,12), .1), .05, 2+k)
+    b = best_heads(root).query("model=='tiny-clip'").set_index('of')
+    assert b.chosen['shift']>.03 and abs(b.other['shift'])<.015 and b.naive['shift']>.02 and (b.heads==144).all() # nothing but noise
+    before,after = church_cells(root, 'tiny-clip', 'lora')
+    m = (after-before).drop(columns='mean', level='head').mean()
+    assert b.naive['shift']==m.max() and (b.block['shift'],b['head']['shift'])==m.idxmax()
+    assert not (head_grid(root, 'tiny-clip', 'lora').p_step_down<.01).any()
+
+# ---- what is lacking
+
+def test_incomplete_studies(root):
+    (root/'tiny-clip-lora-seed0'/'run.json').unlink()
+    assert tuned_pairs(root).set_index('model').seeds.to_dict()=={'tiny-clip':1, 'tiny-siglip':2}
+    assert set(style_table(styled_scores(root)).model)=={'tiny-clip','tiny-siglip'}
+    (root/'tiny-clip-frozen'/'run.json').unlink()
+    for t in (part_table(part_scores(root)), block_table(root), best_block_table(root), best_heads(root), tuned_pairs(root)): assert set(t.model)=={'tiny-siglip'}
+    with pytest.raises(ValueError, match="no complete frozen run of 'tiny-clip'"): head_grid(root, 'tiny-clip', 'lora')
+    with pytest.raises(ValueError, match="none of tier 'full'"): head_grid(root, 'tiny-siglip', 'full')
+    html = write_report(root).read_text() # only a pooling head is left
+    assert 'no depth to look into' in html and 'pooling head' in html and len(html)<3_000_000
+
+def test_linear_probes_have_nothing_to_divide(root):
+    for k in (0,1):
+        for m in ('tiny-clip','tiny-siglip'): (root/f'{m}-lora-seed{k}'/'run.json').unlink()
+    tables = style_table(styled_scores(root)), style_tests(styled_scores(root)), part_scores(root), part_table(part_scores(root)), block_table(root), best_block_table(root), best_heads(root), tuned_pairs(root)
+    assert all(t.empty and len(t.columns)>3 for t in tables)
+    html = write_report(root).read_text()
+    assert html.count('nothing to divide')==5 and html.count('<img')==2 and all(f'<h2>{s}</h2>' in html for s in ('By style','By part','By block','Heads','From frozen to tuned'))
+
+def test_other_metrics_and_unknown_ones(done):
+    assert set(block_table(done, 'auroc').unit)=={'auroc'} and set(styled_scores(done, 'coverage').unit)=={'coverage'}
+    for f in (block_table, best_block_table, best_heads, styled_scores):
+        with pytest.raises(ValueError, match="metric 'iuo'"): f(done, 'iuo')
+
+def test_report_shows_the_detail(done, tmp_path):
+    html = write_report(done, tmp_path/'r.html').read_text()
+    for word in ('p_step_down','p_bh','frozen_block','rank_correlation','mixed model, Wald','at least 5 churches','pooling head'): assert word in html, word
+    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<details>')==3 and len(html)<3_000_000
+    assert '>NaN<' not in html.split('<h2>By style')[1].split('<h2>Accuracy')[0]
+
+def test_a_study_whose_churches_have_few_parts_says_so(root, monkeypatch):
+    monkeypatch.setattr('ssl_wikichurches.report.LEAST', 13)
+    html = write_report(root).read_text()
+    assert 'No kind of building part is boxed in at least 13 churches.' in html and html.count('nothing to divide')==0
+
+# ---- photographs
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1, 1, allow_nan=False), min_size=1, max_size=12), st.integers(1, 5))
+def test_extremes_are_the_ends_of_the_order(shifts, k):
+    d = pd.DataFrame(dict(image=[f'i{j}' for j in range(len(shifts))], before=0., after=shifts))
+    names = extreme_images(d, k); found = [shifts[int(n[1:])] for n in names]
+    assert len(names)==len(set(names))==min(2*k, len(shifts)) and found==sorted(found, reverse=True)
+    assert found[0]==max(shifts) and found[-1]==min(shifts)
+    if len(shifts)>2*k: assert sorted(found)==sorted(sorted(shifts)[:k]+sorted(shifts)[-k:])
+
+def test_gallery(done):
+    found = examples(done, 'tiny-clip', 'lora', k=2)
+    s = study_scores(done).query("model=='tiny-clip' and tier=='lora' and seed==0").set_index('image')
+    for e in found:
+        assert (e.before,e.after)==(s.before[e.image],s.after[e.image])
+        for m,f in zip(e.maps, ('tiny-clip-frozen','tiny-clip-lora-seed0')):
+            stored = load_maps(done/f)
+            assert torch.equal(m, stored.maps[stored.images.index(e.image),-1].mean(0))
+    fig = gallery(done, 'tiny-clip', 'lora', k=2)
+    assert len(fig.axes)==16 and 'chosen by the outcome' in fig.get_suptitle()
+    with pytest.raises(ValueError, match='at least one'): extreme_images(s.reset_index(), 0)
+
+# ---- figures
+
+def test_slope_plot_draws_levels_and_intervals_of_the_shift():
+    t = pd.DataFrame([dict(model='mae', tier=k, before=.1, after=.1+s, low=s-.01, high=s+.02) for k,s in (('linear',0.), ('lora',.03))])
+    ax = slope_plot(t)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [.1,.1,.13])
+    bars = [l.get_ydata() for l in ax.lines if len(l.get_ydata())==2]
+    assert len(bars)==1 and np.allclose(bars[0], [.12,.15]) # none for the linear probe
+    plt.close('all')
+
+def test_grid_plot_is_centered_on_zero_and_frames_what_is_sure():
+    t = pd.DataFrame([dict(block=b, head=str(h), estimate=.01*(b-h), p_step_down=.01 if (b,h)==(1,10) else .2) for b in range(2) for h in range(11)])
+    ax = grid_plot(t)
+    assert ax.images[0].get_clim()==(-.1,.1) and ax.images[0].get_cmap().name=='RdBu_r' and len(ax.patches)==1
+    assert np.allclose(ax.patches[0].get_xy(), (10-.44,1-.44)) and ax.images[0].get_array()[1,10]==pytest.approx(-.09) # head 10 after head 9
+    assert grid_plot(t, limit=.5).images[0].get_clim()==(-.5,.5)
+    assert grid_plot(t.assign(estimate=0.)).images[0].get_clim()[1]>0
+    plt.close('all')
+
+def test_block_plot_fills_what_is_sure_and_ranking_plot_sorts():
+    t = pd.DataFrame(dict(model='clip', tier='lora', block=range(4), before=.1, after=[.1,.2,.3,.4], p_step_down=[1,.01,.2,.04]))
+    filled = [l for l in block_plot(t).lines if l.get_ls()=='None' and l.get_mfc()!='white']
+    assert len(filled)==1 and [*filled[0].get_xdata()]==[1,3]
+    r = pd.DataFrame([dict(part=p, model='clip', tier='lora', n=n, shift=s, low=np.nan, high=np.nan) for p,n,s in (('a',5,-.1),('b',7,.2))])
+    assert [l.get_text() for l in ranking_plot(r).get_yticklabels()]==['b  n=7','a  n=5']
+    for f in (block_plot, ranking_plot, grid_plot, slope_plot):
+        with pytest.raises(ValueError, match='has no columns'): f(pd.DataFrame(dict(x=[1])))
+    plt.close('all')
