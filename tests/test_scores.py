@@ -88,7 +88,7 @@ def test_a_single_church_has_no_others():
     maps,boxes,names = some()
     for groups in (list('aaaaa'),):
         table = score_maps(maps, boxes, names, 24, groups); assert not {'shuffled_auroc','information_gain'}&set(table.metric)
-    with pytest.raises(ValueError, match='other churches'): score_maps(maps[:1], boxes[:1], names[:1], 24, only=['information_gain'])
+    with pytest.raises(ValueError, match='needs other churches'): score_maps(maps[:1], boxes[:1], names[:1], 24, only=['information_gain'])
 
 def test_by_part():
     maps,boxes,names = some(); parts = [['door','tower','door'],['tower']*3,['door','gable','tower'],['a','b','c'],['door']*3]
@@ -161,6 +161,7 @@ maps,boxes,names = some(n=2)
     (lambda: score_maps(maps[...,:3], boxes, names, 24), 'blocks, heads'), (lambda: score_maps(maps, boxes, names, 24, ['a']), 'groups'), (lambda: score_maps(maps, boxes, names, 24, parts=[['a'],['b']]), 'a part for each'),
     (lambda: score_maps(maps, boxes, ['a','a'], 24), 'same name'), (lambda: score_maps(maps, [boxes[0],boxes[1][:0]], names, 24), 'b: boxes'), (lambda: score_maps(maps, [boxes[0],boxes[1]+50], names, 24), 'b has no box in view'),
     (lambda: score_maps(maps*float('nan'), boxes, names, 24), 'finite'), (lambda: score_maps(maps*0, boxes, names, 24), 'zero'), (lambda: score_maps(maps, boxes, names, 24, only=['iuo']), "no metric 'iuo'"),
+    (lambda: score_maps(maps, boxes, names, 24, only=['iou@91']), 'percentiles'),
     (lambda: score_maps(maps, boxes, names, 24, mass=2), 'share'), (lambda: score_maps(maps, boxes, names, 24, q=100), 'percentile')])
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match): call()
