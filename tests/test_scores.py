@@ -137,6 +137,7 @@ def test_maps_and_boxes_from_files(tmp_path):
     rows = pd.DataFrame([(n,*b.tolist(),p) for n,bs in zip(names, boxes) for b,p in zip(bs, ['door','1','007'])], columns=['image','left','top','right','bottom','part']); rows.to_csv(tmp_path/'b.csv', index=False)
     got,theirs = read_maps(tmp_path/'m.csv'); assert got==[*shuffled.image.unique()]
     for n,m in zip(got, theirs): close(m, mean[names.index(n)], 1e-7)
+    again,same = read_maps(tmp_path/'m.csv', names[::-1]); assert again==names[::-1]; close(same, mean.flip(0), 1e-7)
     found,parts = read_boxes(tmp_path/'b.csv', got)
     for n,b in zip(got, found): assert torch.equal(b, boxes[names.index(n)])
     assert parts==[['door','1','007']]*5
