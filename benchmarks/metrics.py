@@ -35,7 +35,7 @@ def plain(heat, pixels, mask, parts, others):
     p,h,k,t = a/a.sum(),h/h.sum(),round(n/10),pooled(mask, heat.shape[0])
     mass = int((np.cumsum(np.sort(p)[::-1])<.6-1e-9).sum())+1
     first,best = top(a, k),top(a, m.sum())
-    return {f'iou@{q}': jaccard_score(m, top(a, round(n*(100-q)/100))) for q in range(50,100,5)}|{'coverage': p[m].sum(), 'auroc': roc_auc_score(m, a),
+    return {f'iou@{q}': jaccard_score(m, top(a, round(n*(100-q)/100))) for q in range(50,100,5)}|{'coverage': p[m].sum(), 'lift': p[m].sum()/m.mean(), 'auroc': roc_auc_score(m, a),
             'iou@area': jaccard_score(m, best), 'rank_accuracy': best[m].mean(), 'mass_iou@60': jaccard_score(m, top(a, mass)), 'average_precision': average_precision_score(m, a),
             'pointing@0': np.mean((distance_transform_edt(~mask)<=0).ravel()[a==a.max()]), 'nss': ((a-a.mean())/a.std())[m].mean(),
             'shuffled_auroc': roc_auc_score(np.r_[np.ones(m.sum()),np.zeros(n)], np.r_[a[m],a], sample_weight=np.r_[np.ones(m.sum()),others]),

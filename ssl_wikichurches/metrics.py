@@ -30,7 +30,7 @@ def _check(maps, mask):
     if not mask.any(): raise ValueError("mask is empty: an image without a box in view has no score, so leave it out")
     if not torch.stack(torch.aminmax(maps)).isfinite().all(): raise ValueError("maps hold values that are not finite")
 
-# %% ../nbs/02b_metrics.ipynb #e3a55d14
+# %% ../nbs/02b_metrics.ipynb #3cc7eb0e
 class Ranking(NamedTuple):
     "Pixels from the largest value to the smallest, along the last axis."
     order:torch.Tensor # (..., n) int64, pixel at each place; equal values in reading order
@@ -49,7 +49,7 @@ def rank_pixels(
     keys = torch.from_numpy(np.sort((keys|torch.arange(flat.shape[-1])).numpy(), axis=-1))
     return Ranking(keys&0xffffffff, _ordered(~(keys>>32).int()).view(torch.float32))
 
-# %% ../nbs/02b_metrics.ipynb #b4b83da3
+# %% ../nbs/02b_metrics.ipynb #94523327
 class Places(NamedTuple):
     "Where the P pixels of a mask stand in a ranking, from the top (0)."
     ranking:Ranking
@@ -181,7 +181,7 @@ def auroc(
     above = (p.first+p.last).double().mean(-1)/2 # of a boxed pixel: those that outrank it, ties and boxed ones included
     return 1-(above-(area-1)/2)/(n-area)
 
-# %% ../nbs/02b_metrics.ipynb #6bb67f49
+# %% ../nbs/02b_metrics.ipynb #435067f8
 PRIMARY = 'iou@90' # the measure of the study: last block, mean over heads
 
 # %% ../nbs/02b_metrics.ipynb #518d606b
@@ -190,5 +190,6 @@ METRICS = pd.DataFrame([
          chance='E[X/(k+a-X)], X hypergeometric', ceiling='min(k,a)/max(k,a)', source='Jaccard, 1901'),
     dict(metric='coverage', what='share of the attention inside the boxes', better='higher',
          chance='a/n', ceiling='1', source='energy-based pointing game (Wang et al., 2020)'),
+    dict(metric='lift', what='coverage, as a multiple of its chance', better='higher', chance='1', ceiling='n/a', source='relevance mass accuracy (Arras et al., 2022), over a/n'),
     dict(metric='auroc', what='P(pixel inside outranks one outside)', better='higher',
          chance='1/2', ceiling='1', source='Mann & Whitney, 1947')]).set_index('metric')

@@ -85,7 +85,7 @@ def study_scores(
     "Scores per image before and after fine-tuning, for every complete run with a frozen one beside it."
     return _beside_frozen(root, lambda r: _scores(r.folder, metric, block, head))
 
-# %% ../nbs/06_results.ipynb #9e9df908
+# %% ../nbs/06_results.ipynb #ed1840bb
 class Measured(NamedTuple):
     "What the runs of one model were measured on."
     stored:StoredMaps # of the frozen run
@@ -130,10 +130,11 @@ def study_table(
     metric:str=PRIMARY,
     block:int=-1,
     head:str='mean',
-)->pd.DataFrame: # per model and tier: shift and its statistics; accuracy, balanced_accuracy, macro_f1 on the evaluation images, and with
+)->pd.DataFrame: # per model and tier: metric; shift and its statistics; accuracy, balanced_accuracy, macro_f1 on the evaluation images, and with
  # 'test_' before them on the split's test images where it has some; means over seeds
     "The result of a study."
     table,runs = shift_table(study_scores(root, metric, block, head)), complete_runs(root)
+    table.insert(2, 'metric', metric)
     test = lambda scores: {f'test_{k}':v for k,v in scores.get('test', {}).items()}
     accuracy = pd.DataFrame([dict(model=r.model, tier=r.tier, **r.scores['eval'], **test(r.scores)) for r in runs[runs.tier!='frozen'].itertuples()])
     accuracy = accuracy.groupby(['model','tier'], as_index=False).mean()
@@ -163,7 +164,7 @@ def cost_table(
     groups = runs[runs.tier!='frozen'].groupby(['model','tier'], sort=False)
     return groups.agg(trained_weights=('n_trainable','first'), epochs=('epochs','mean'), seconds=('seconds','mean'), seeds=('seed','nunique'), processor=('processor','first')).reset_index().astype(dict(trained_weights=int))
 
-# %% ../nbs/06_results.ipynb #a2722061
+# %% ../nbs/06_results.ipynb #4bca61f8
 COMPANIONS = ('iou@90','iou@area','auroc','average_precision','shuffled_auroc','nss','coverage','information_gain','kl','emd','pointing@0','recall@90','best_iou@90')
 
 def robustness_table(
@@ -180,7 +181,7 @@ def robustness_table(
     columns = ['model','tier','metric','better','n','seeds','before','after','chance','shift','low','high','gain','p','note']
     return benjamini_hochberg(pd.concat(rows)[columns].sort_index(kind='stable').reset_index(drop=True)) # metric after metric for each model and tier
 
-# %% ../nbs/06_results.ipynb #0775f7b9
+# %% ../nbs/06_results.ipynb #8d053aac
 def rescore(
     root:str|os.PathLike, # folder of a study
     progress:bool=True, # a bar with the time left

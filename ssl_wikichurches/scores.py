@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALL_METRICS', 'BYTES_PER_PIXEL', 'score_maps', 'read_maps', 'read_boxes']
 
-# %% ../nbs/02d_scores.ipynb #291d99a7
+# %% ../nbs/02d_scores.ipynb #eb8569df
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -16,10 +16,10 @@ from .data import box_mask
 from .measures import EPS, MEASURES, PRIOR_EPS, _mixed, average_precision, average_precision_chance, best_box, best_iou_chance, box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target
 from .metrics import METRICS, _chance_of_top, _check, auroc, coverage, find_places, iou_at_percentile, iou_ceiling, iou_chance, iou_of_top, n_kept, rank_pixels, shares, upsample
 
-# %% ../nbs/02d_scores.ipynb #cb2e70cd
+# %% ../nbs/02d_scores.ipynb #ac5e32e4
 ALL_METRICS = pd.concat([METRICS, MEASURES])
 
-# %% ../nbs/02d_scores.ipynb #4033d7d3
+# %% ../nbs/02d_scores.ipynb #e4ed44a8
 class _Options(NamedTuple):
     "How metrics are computed; see `score_maps`."
     only:tuple
@@ -40,13 +40,14 @@ class _Case(NamedTuple):
     others:torch.Tensor # (s, s) how often other images' boxes are there, sums to 1; None: there are no other images
     prior:torch.Tensor # (s, s) the same with an even density mixed in
 
-# %% ../nbs/02d_scores.ipynb #7c34f023
+# %% ../nbs/02d_scores.ipynb #0ff11335
 def _on_pixels(up, ranking, held, c, o):
     "metric -> function that gives (m) values, of maps `up` (m, s, s); `held()`: the pixels of each that hold the mass."
     at,m = find_places(ranking, c.mask),c.mask
     p,hit = cache(lambda: shares(up)),cache(lambda: rank_accuracy(up, m, at))
     out = {f'iou@{q:g}': partial(iou_at_percentile, up, m, q, at) for q in o.percentiles}
-    out |= {'coverage': lambda: coverage(up, m, p()), 'iou@area': lambda: hit()/(2-hit()), 'rank_accuracy': hit, f'mass_iou@{100*o.mass:g}': lambda: iou_of_top(at, held()),
+    cover = cache(lambda: coverage(up, m, p()))
+    out |= {'coverage': cover, 'lift': lambda: cover()/m.double().mean(), 'iou@area': lambda: hit()/(2-hit()), 'rank_accuracy': hit, f'mass_iou@{100*o.mass:g}': lambda: iou_of_top(at, held()),
             'average_precision': lambda: average_precision(up, m, at), f'pointing@{o.tolerance:g}': lambda: pointing_game(up, c.near), 'nss': lambda: nss(up, m),
             f'recall@{o.q:g}': lambda: box_scores(up, c.boxes, 'recall', o.q, ranking).mean(-1), f'best_iou@{o.q:g}': lambda: best_box(up, c.boxes, 'iou', o.q, ranking),
             'best_coverage': lambda: best_box(up, c.boxes, 'coverage', o.q, p=p())}
@@ -54,14 +55,14 @@ def _on_pixels(up, ranking, held, c, o):
     if c.others is not None: out |= {'shuffled_auroc': lambda: shuffled_auroc(up, m, c.others, at), 'information_gain': lambda: information_gain(up, m, c.prior, o.eps, p())}
     return out
 
-# %% ../nbs/02d_scores.ipynb #b11bae9c
+# %% ../nbs/02d_scores.ipynb #cefbc939
 def _on_patches(maps, c, o):
     "metric -> function that gives (m) values, of maps (m, g, g)."
     t,g = soft_target(c.mask, maps.shape[-1]),min(maps.shape[-1], o.emd_grid)
     out = {'kl': partial(kl_divergence, maps, t, o.eps), 'similarity': partial(similarity, maps, t), 'emd': lambda: emd(regrid(maps.double(), g), soft_target(c.mask, g))}
     return out|({'correlation': partial(correlation, maps, t)} if t.max()>t.min() else {})
 
-# %% ../nbs/02d_scores.ipynb #a9747db5
+# %% ../nbs/02d_scores.ipynb #adf2eb85
 def _levels(c, o, grid):
     "metric -> function that gives (chance, ceiling); of the mass, a function of the pixels that hold it."
     n,area,k = c.mask.numel(),int(c.mask.sum()),n_kept(c.mask.numel(), o.q)
@@ -69,7 +70,7 @@ def _levels(c, o, grid):
     even,perfect = torch.ones_like(c.mask, dtype=torch.double),c.mask.double()
     worth = lambda: (c.boxes.flatten(1).double()/b[:,None]).mean(0).topk(k).values.sum().item() # of the best k pixels, for the recall
     out = {f'iou@{q:g}': lambda q=q: (iou_chance(area, n, q), iou_ceiling(area, n, q)) for q in o.percentiles}
-    out |= {'coverage': lambda: (area/n, 1.), 'auroc': lambda: (.5, 1.), 'iou@area': lambda: (_chance_of_top(area, n, area), 1.), 'rank_accuracy': lambda: (area/n, 1.),
+    out |= {'coverage': lambda: (area/n, 1.), 'lift': lambda: (1., n/area), 'auroc': lambda: (.5, 1.), 'iou@area': lambda: (_chance_of_top(area, n, area), 1.), 'rank_accuracy': lambda: (area/n, 1.),
             f'mass_iou@{100*o.mass:g}': lambda: (lambda k: (_chance_of_top(area, n, k), min(k, area)/max(k, area))), 'average_precision': lambda: (average_precision_chance(area, n), 1.),
             f'pointing@{o.tolerance:g}': lambda: (c.near.double().mean().item(), 1.), 'nss': lambda: (0., ((n-area)/area)**.5), f'recall@{o.q:g}': lambda: (k/n, worth()),
             f'best_iou@{o.q:g}': lambda: (best_iou_chance(c.boxes, o.q), (b.clamp(max=k)/b.clamp(min=k)).max().item()), 'best_coverage': lambda: (b.max().item()/n, 1.),
@@ -77,7 +78,7 @@ def _levels(c, o, grid):
     t = soft_target(c.mask, grid)
     return out|{metric: (lambda f=f: tuple(f().tolist())) for metric,f in _on_patches(torch.stack([torch.ones_like(t), t]), c, o).items()}
 
-# %% ../nbs/02d_scores.ipynb #25bd2abd
+# %% ../nbs/02d_scores.ipynb #b4054fc9
 def _score_image(maps, cases, o, chunk):
     "For each case: metric -> (values, chance, ceiling) of maps (m, g, g), each a number or (m)."
     found,holding = [{} for _ in cases],[]
@@ -101,7 +102,7 @@ def _score_image(maps, cases, o, chunk):
         out.append({k:(v,*levels[k]) for k,v in values.items()})
     return out
 
-# %% ../nbs/02d_scores.ipynb #312e637a
+# %% ../nbs/02d_scores.ipynb #abfaa3c9
 BYTES_PER_PIXEL = 200 # peak of the engine, for one pixel of one upsampled map
 
 def _cases(boxes, labels, size, others, prior, tolerance):
@@ -112,7 +113,7 @@ def _cases(boxes, labels, size, others, prior, tolerance):
     near = lambda mask: dilate(mask, tolerance) if tolerance else mask
     return {k:_Case(m.any(0), m, near(m.any(0)), others, prior) for k,m in seen.items()}
 
-# %% ../nbs/02d_scores.ipynb #a3f4cc2b
+# %% ../nbs/02d_scores.ipynb #a544c7f8
 def _as_stack(maps):
     "Maps as (n, L, H, g, g) and the names of the heads."
     if not isinstance(maps, torch.Tensor): maps = torch.as_tensor(maps)
@@ -133,7 +134,7 @@ def _check_input(maps, boxes, names, groups, parts, size, o):
         if parts is not None and len(parts[i])!=len(b): raise ValueError(f"{name} has {len(b)} boxes and {len(parts[i])} parts: expected a part for each box")
         if not box_mask(b.cpu(), size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
 
-# %% ../nbs/02d_scores.ipynb #40ef1f62
+# %% ../nbs/02d_scores.ipynb #361fa494
 def score_maps(
     maps:torch.Tensor, # (n, L, H, g, g) raw attention of blocks and heads, or (n, g, g) one map per image; any device; an array will do
     boxes:list, # n tensors (b, 4): left, top, right, bottom in pixels of the frame
@@ -172,7 +173,7 @@ def score_maps(
     if table.empty: raise ValueError(f"none of {[*only]} can be computed here: the IoU has the percentiles {[*percentiles]}, and what compares with other churches' boxes needs other churches")
     return table if parts is not None else table.drop(columns='part')
 
-# %% ../nbs/02d_scores.ipynb #eea5a9f9
+# %% ../nbs/02d_scores.ipynb #5273edde
 def _densities(boxes, size, groups, prior_eps, o):
     "Where the other churches' boxes are, without and with an even density; None where there are no others or nobody asks."
     if not any(map(o.wants, ('shuffled_auroc','information_gain'))) or len(set(range(len(boxes)) if groups is None else groups))<2: return None,None
@@ -189,7 +190,7 @@ def _table(found, names, blocks, heads):
     table = pd.DataFrame(columns|dict(block=np.tile(np.repeat(np.arange(blocks), len(heads)), len(keys)), head=np.tile(np.array(heads, dtype=object), blocks*len(keys)))|dict(zip(('value','chance','ceiling'), full)))
     return table.reindex(columns=['image','part','block','head','metric','value','chance','ceiling'])
 
-# %% ../nbs/02d_scores.ipynb #1f6adf22
+# %% ../nbs/02d_scores.ipynb #93749074
 def _read_columns(path, columns):
     table = pd.read_csv(path, dtype=dict(image=str, part=str))
     if missing := [c for c in columns if c not in table]: raise ValueError(f"{path} lacks the columns {missing}: expected {', '.join(columns)}, and it has {', '.join(table)}")
@@ -211,7 +212,7 @@ def read_maps(
     wide = t.sort_values(['row','column']).pivot(index='image', columns=['row','column'], values='value').loc[names]
     return names,torch.tensor(wide.to_numpy(float), dtype=torch.float32).reshape(len(names), g, g)
 
-# %% ../nbs/02d_scores.ipynb #5bb5916f
+# %% ../nbs/02d_scores.ipynb #d51164a0
 def read_boxes(
     path:str|os.PathLike, # CSV file with the columns image, left, top, right, bottom, and perhaps part
     names:list, # images that are wanted, in this order

@@ -251,7 +251,8 @@ def test_table_against_pandas_and_scipy(done, pairs, of):
         d = wide.loc[model]; gain = d[of]-d[b]
         close([r.score,r.yardstick,r.difference], [d[of].mean(),d[b].mean(),gain.mean()])
         ci = stats.bootstrap((gain.to_numpy(),), np.mean, method='BCa', rng=np.random.default_rng(0)).confidence_interval
-        close([r.low,r.high,r.p], [ci.low,ci.high,stats.ttest_rel(d[of], d[b]).pvalue])
+        close([r.low,r.high], [ci.low,ci.high], 2e-3) # of six churches 1.5 % of resamples hold each once: they tie with the mean, which scipy leaves to rounding
+        close(r.p, stats.ttest_rel(d[of], d[b]).pvalue)
     family = t.index.get_level_values('baseline').isin(FAMILY)
     close(t.p_holm[family], multipletests(t.p[family], method='holm')[1]); assert t.p_holm[~family].isna().all() and family.sum()==14
     if of=='model': pd.testing.assert_frame_equal(yardstick_table(done, family=('prior',)).drop(columns='p_holm'), compare_yardsticks(s).drop(columns='p_holm'))
@@ -277,7 +278,7 @@ def test_border_against_pandas_and_scipy(done, pairs):
         close([r['shift'],r.suppressed,r.beyond,r.inside,r.ring_before], [(d.tuned-d.frozen).mean(),(d.inside-d.frozen).mean(),(d.tuned-d.inside).mean(),(d.tuned_inside-d.inside).mean(),d.ring.mean()], 1e-6)
         for name,gain in (('beyond',d.tuned-d.inside), ('inside',d.tuned_inside-d.inside)):
             ci = stats.bootstrap((gain.to_numpy(),), np.mean, method='BCa', rng=np.random.default_rng(0)).confidence_interval
-            close([r[f'{name}_low'],r[f'{name}_high']], [ci.low,ci.high], 1e-5); close(r[f'{name}_p'], stats.ttest_1samp(gain, 0).pvalue, 1e-4)
+            close([r[f'{name}_low'],r[f'{name}_high']], [ci.low,ci.high], 2e-3); close(r[f'{name}_p'], stats.ttest_1samp(gain, 0).pvalue, 1e-4)
     for name in ('beyond','inside'): close(t[f'{name}_holm'], multipletests(t[f'{name}_p'], method='holm')[1])
 
 def test_a_grid_has_baselines_of_its_own(drawn, tmp_path):

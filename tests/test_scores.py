@@ -20,7 +20,7 @@ def some(n=5, s=24, L=2, H=3, g=6, seed=7):
 def test_table_equals_single_calls():
     maps,boxes,names = some(); groups = list('aabbc'); masks = torch.stack([box_mask(b, 24) for b in boxes])
     table = score_maps(maps, boxes, names, 24, groups, percentiles=[50,90], q=80, mass=.5, tolerance=2, eps=.01, prior_eps=.3, emd_grid=3)
-    assert len(table)==5*2*4*19 and not table.isna().any().any() and (table.dtypes[['value','chance','ceiling']]==float).all()
+    assert len(table)==5*2*4*20 and not table.isna().any().any() and (table.dtypes[['value','chance','ceiling']]==float).all()
     assert set(table.metric.str.split('@').str[0])==set(ALL_METRICS.index.str.split('@').str[0])
     row = table.set_index(KEY).sort_index()
     prior,others = loo_prior(masks, groups, .3),loo_prior(masks, groups, 0)
@@ -30,7 +30,7 @@ def test_table_equals_single_calls():
             for head,x in [*((str(h),maps[i,block,h]) for h in range(3)), ('mean',maps[i,block].mean(0))]:
                 up = upsample(x, 24)
                 pooled = x.double().reshape(3,2,3,2).sum((1,3))
-                want = {'iou@50':iou_at_percentile(up, m, 50), 'iou@90':iou_at_percentile(up, m), 'coverage':coverage(up, m), 'auroc':auroc(up, m),
+                want = {'iou@50':iou_at_percentile(up, m, 50), 'iou@90':iou_at_percentile(up, m), 'coverage':coverage(up, m), 'lift':coverage(up, m)/m.double().mean(), 'auroc':auroc(up, m),
                         'iou@area':area_matched_iou(up, m), 'rank_accuracy':rank_accuracy(up, m), 'mass_iou@50':mass_iou(up, m, .5), 'average_precision':average_precision(up, m), 'pointing@2':pointing_game(up, m, 2),
                         'nss':nss(up, m), 'shuffled_auroc':shuffled_auroc(up, m, others[i]), 'information_gain':information_gain(up, m, prior[i], .01), 'kl':kl_divergence(x, t, .01), 'similarity':similarity(x, t),
                         'correlation':correlation(x, t), 'emd':emd(pooled, soft_target(m, 3)), 'recall@80':box_scores(up, parts, 'recall', 80).mean(), 'best_iou@80':best_box(up, parts, 'iou', 80), 'best_coverage':best_box(up, parts, 'coverage')}
@@ -107,7 +107,7 @@ def test_by_part():
 def test_a_box_that_is_the_whole_image_and_one_that_is_no_pixel():
     maps,boxes,names = some(n=3); boxes[0] = T([[0.,0,24,24],[3.1,3.1,3.3,3.4]])
     table = score_maps(maps, boxes, names, 24); one = table[table.image=='a'].set_index('metric').value
-    assert not table.drop(columns='head').isna().any().any() and not {'correlation','auroc'}&set(one.index) and len(one.index.unique())==25 # nothing is outside, nothing can correlate with an even target
+    assert not table.drop(columns='head').isna().any().any() and not {'correlation','auroc'}&set(one.index) and len(one.index.unique())==26 # nothing is outside, nothing can correlate with an even target
     for k in ('iou@area','rank_accuracy','average_precision','pointing@0','best_coverage','coverage'): close(one[k], 1)
     close(one['nss'], 0); assert (one['recall@90']<.11).all() # of the one box that is left
 
