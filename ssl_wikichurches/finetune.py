@@ -207,19 +207,21 @@ def _backward(forward, x, t, weight, recipe, team):
     if not math.isfinite(loss): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
     return loss
 
-def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, team):
+def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, team, extra=None):
     "One pass: mean loss, mean gradient norm before clipping, images per second."
-    start,losses,norms,sizes = time.perf_counter(),[],[],[]
+    start,losses,norms,sizes,more = time.perf_counter(),[],[],[],[]
     params = [p for g in optimizer.param_groups for p in g['params']]
     for x,t in loader:
         optimizer.zero_grad()
         losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe, team))
+        if extra: more.append(extra(schedule.last_epoch))
         norm = nn.utils.clip_grad_norm_(params, recipe.clip) if recipe.clip else nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         norms.append(norm.item())
         optimizer.step(); schedule.step()
         sizes.append(len(t))
     sizes = np.sum(team.gather(sizes), axis=0)
-    return dict(train_loss=np.average(losses, weights=sizes), grad_norm=np.mean(norms), images_per_second=sizes.sum()/(time.perf_counter()-start))
+    return dict(train_loss=np.average(losses, weights=sizes), **(dict(extra_loss=pd.Series(more).mean()) if extra else {}), grad_norm=np.mean(norms),
+                images_per_second=sizes.sum()/(time.perf_counter()-start))
 
 # %% ../nbs/03_finetune.ipynb #8f284bc7
 def _keep(checkpoint, team, model, optimizer, order, rows, best_epoch, best):
@@ -237,10 +239,11 @@ class Trained:
     best:dict # the same after the best epoch on validation; empty where that is the last
     best_epoch:int # from 1
 
-def _training_key(groups, loader, recipe, seed, n):
+def _training_key(groups, loader, recipe, seed, n, extra=None):
     "What a training depends on, in short."
     shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
     names = getattr(loader.dataset, 'names', len(loader.dataset))
+    if extra: names = names,extra.names
     return hashlib.sha256(repr((asdict(recipe), seed, shapes, names, n)).encode()).hexdigest()
 
 # %% ../nbs/03_finetune.ipynb #cc393dce
@@ -254,13 +257,15 @@ def train(
     device:str='cpu',
     train_mode=None, # called before each epoch; None: `model.train`
     folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for, and history.csv grows; None: nowhere
+    extra=None, # a further loss: called with the step's number after each batch's gradients, adds its own, returns its value (nan: none); its `names` are the photographs it uses
 )->Trained:
     "Train for `recipe.epochs`, or until patience ends, and put the chosen epoch into the model."
     (training,validation),team = loaders,Team()
     mine = team.share(training),team.share(validation, every=False)
     weight,steps = weight.to(device),recipe.epochs*len(training)
     groups = [dict(g, params=list(g['params']), initial_lr=g['lr']) for g in groups]
-    key = _training_key(groups, training, recipe, seed, team.n)
+    if extra and team.n>1: raise ValueError(f"a further loss is computed in one process, but this training is shared by {team.n}: train on one device")
+    key = _training_key(groups, training, recipe, seed, team.n, extra)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     checkpoint = Checkpoint(Path(folder)/'checkpoint.safetensors', key) if folder else None
     forward = torch.compile(team.wrap(model)) if recipe.compiled else team.wrap(model)
@@ -273,7 +278,7 @@ def train(
         while len(rows)<recipe.epochs and not (recipe.patience and rows and len(rows)-best_epoch>=recipe.patience):
             (train_mode or model.train)()
             rates = {f"lr_{g.get('name', i)}":g['lr'] for i,g in enumerate(optimizer.param_groups)}
-            row = dict(epoch=len(rows)+1, **_train_epoch(forward, mine[0], optimizer, schedule, weight, recipe, device, team), **rates)
+            row = dict(epoch=len(rows)+1, **_train_epoch(forward, mine[0], optimizer, schedule, weight, recipe, device, team, extra), **rates)
             rows.append(row|_validate(model, mine[1], weight.cpu(), device, team))
             score = 'val_balanced_accuracy'
             if not best_epoch or rows[-1][score]>rows[best_epoch-1][score]: best,best_epoch = trained_tensors(model),len(rows)
