@@ -11,7 +11,6 @@ import numpy as np, pandas as pd, torch
 from memory import peak_megabytes
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from ssl_wikichurches.backbones import load_backbone
 from ssl_wikichurches.data import ChurchDataset, eval_transform, train_transform

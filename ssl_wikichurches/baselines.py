@@ -7,7 +7,7 @@ __all__ = ['uniform_maps', 'random_maps', 'center_widths', 'center_maps', 'prior
            'saliency_maps', 'derangement', 'other_maps', 'mask_maps', 'baseline_maps']
 
 # %% ../nbs/02e_baselines.ipynb #596f7ff8
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from scipy.ndimage import gaussian_filter, uniform_filter
 from torch.nn import functional as F
 from .attention import regrid

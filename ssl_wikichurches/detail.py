@@ -9,7 +9,6 @@ __all__ = ['FEW', 'styled_scores', 'style_table', 'style_tests', 'part_kinds', '
 
 # %% ../nbs/06a_detail.ipynb #9f52ec2a
 import os
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
@@ -19,7 +18,7 @@ from statsmodels.formula.api import ols
 from .data import CLASSES, ChurchDataset, Churches, box_mask, church_id, eval_transform
 from .download import load_churches
 from .inference import benjamini_hochberg, max_t, moderation, split_half_heads
-from .iou_stats import TIER_ORDER, by_church, paired_shift
+from .iou_stats import by_church, in_order, paired_shift
 from .maps import load_maps
 from .measures import box_masks, box_scores
 from .metrics import PRIMARY, n_kept, upsample
@@ -43,12 +42,6 @@ def styled_scores(
 # %% ../nbs/06a_detail.ipynb #33b2bbb4
 FEW = 'fewer than 3 churches: no interval, no test' # note
 
-def _in_order(groups):
-    "Groups of a table by model and tier, models as they come, tiers in their order."
-    groups = [*groups]
-    models,tiers = ([*dict.fromkeys(c)] for c in ([k[0] for k,_ in groups], [*TIER_ORDER, *(k[1] for k,_ in groups)]))
-    return sorted(groups, key=lambda g: (models.index(g[0][0]), tiers.index(g[0][1])))
-
 def _shift_of(scores):
     "Mean shift of some scores, church by church, with its interval where there are enough churches."
     g,facts = by_church(scores), dict(images=scores.image.nunique(), seeds=scores.seed.nunique())
@@ -60,7 +53,7 @@ def style_table(
 )->pd.DataFrame: # model, tier, style, n (churches), images, seeds, unit, area (median), before, after, shift, low, high (BCa, 95 %), d_z, note; may be empty
     "The shift within every style. No p: that one style's interval excludes zero and another's does not is no difference between them."
     rows = []
-    for (model,tier),group in _in_order(scores.groupby(['model','tier'], sort=False)):
+    for (model,tier),group in in_order(scores.groupby(['model','tier'], sort=False)):
         rows += [dict(model=model, tier=tier, style=s, unit=g.unit.iloc[0], area=g.drop_duplicates('image').area.median(), **_shift_of(g))
                  for s in (*CLASSES,'other') if len(g := group[group['style']==s])]
     return pd.DataFrame(rows, columns=['model','tier','style','n','images','seeds','unit','area','before','after','shift','low','high','d_z','note'])
@@ -91,7 +84,7 @@ def style_tests(
     "Does the shift depend on the style, given the area of the boxes? Benjamini-Hochberg over models and tiers."
     scores = scores.query("style!='other'").assign(shift=lambda d: d.after-d.before)
     rows = [dict(model=m, tier=t, n=g.church.nunique(), rows=len(g), styles=g['style'].nunique(), unit=g.unit.iloc[0], **_style_test(g))
-            for (m,t),g in _in_order(scores.groupby(['model','tier'], sort=False))]
+            for (m,t),g in in_order(scores.groupby(['model','tier'], sort=False))]
     return benjamini_hochberg(pd.DataFrame(rows, columns=['model','tier','n','rows','styles','unit','test','per_doubling','p','note']))
 
 # %% ../nbs/06a_detail.ipynb #894d5323
@@ -161,7 +154,7 @@ def part_table(
     "The shift of every kind of part, largest first; Benjamini-Hochberg over all rows."
     if least<3: raise ValueError(f"least is {least}: a shift needs at least 3 churches")
     rows = []
-    for (model,tier),group in _in_order(scores.groupby(['model','tier'], sort=False)):
+    for (model,tier),group in in_order(scores.groupby(['model','tier'], sort=False)):
         kinds = [(p,g) for p,g in group.groupby('part') if g.church.nunique()>=least]
         rows += sorted([dict(model=model, tier=tier, part=p, boxes=g.drop_duplicates('image').boxes.sum(), unit=g.unit.iloc[0], area=g.drop_duplicates('image').area.median(), chance=g.chance.iloc[0], **_shift_of(g))
                         for p,g in kinds], key=lambda r: -r['shift'])
@@ -200,7 +193,7 @@ def tuned_pairs(
     runs = complete_runs(root)
     tuned = runs[runs.model.isin(runs.model[runs.tier=='frozen'])&~runs.tier.isin(('frozen','linear'))]
     rows = [dict(model=m, tier=t, seeds=g.seed.nunique(), reader='pooling head' if g.spec.iloc[0]['pooling']=='head' else 'class token')
-            for (m,t),g in _in_order(tuned.groupby(['model','tier'], sort=False))]
+            for (m,t),g in in_order(tuned.groupby(['model','tier'], sort=False))]
     return pd.DataFrame(rows, columns=['model','tier','seeds','reader'])
 
 def block_table(

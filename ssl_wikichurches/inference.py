@@ -10,7 +10,7 @@ __all__ = ['EXACT', 'draw_shifts', 'sign_flip_p', 'wilcoxon_pratt', 'paired_test
 # %% ../nbs/05c_inference.ipynb #6e3ac73b
 import warnings
 import numpy as np, pandas as pd
-from itertools import combinations, product
+from itertools import combinations
 from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
@@ -18,7 +18,7 @@ from statsmodels.formula.api import mixedlm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 from statsmodels.tools.sm_exceptions import ConvergenceWarning
-from .iou_stats import CONSTANT, IDENTICAL, bca_interval, by_church, check_scores, hedges_factor, holm, paired_shift, resampled_means
+from .iou_stats import CONSTANT, IDENTICAL, by_church, check_scores, hedges_factor, holm, paired_shift, resampled_means
 
 # %% ../nbs/05c_inference.ipynb #e1255cb1
 def draw_shifts(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'IDENTICAL', 'CONSTANT', 'COLUMNS', 'TIER_ORDER', 'hedges_factor', 'resampled_means', 'bca_interval',
-           'paired_shift', 'check_scores', 'by_church', 'assert_identical', 'holm', 'shift_table', 'pair_scores',
-           'readable_table']
+           'paired_shift', 'check_scores', 'by_church', 'assert_identical', 'holm', 'in_order', 'shift_table',
+           'pair_scores', 'readable_table']
 
 # %% ../nbs/05_iou_stats.ipynb #121743a2
 import os
@@ -161,6 +161,15 @@ def holm(
 # %% ../nbs/05_iou_stats.ipynb #423046b4
 TIER_ORDER = ('linear','lora','full') # other tiers follow in the order in which they come
 
+def in_order(
+    groups:list, # of ((model, tier), rows), such as a `groupby` gives
+)->list:
+    "Groups by model and tier: models as they come, their tiers in `TIER_ORDER`."
+    groups = [*groups]
+    models,tiers = ([*dict.fromkeys(c)] for c in ([k[0] for k,_ in groups], [*TIER_ORDER, *(k[1] for k,_ in groups)]))
+    return sorted(groups, key=lambda g: (models.index(g[0][0]), tiers.index(g[0][1])))
+
+# %% ../nbs/05_iou_stats.ipynb #2d8f083b
 def _linear_row(group, pair):
     assert_identical(group)
     return dict(n=len(pair), before=pair.before.mean(), after=pair.after.mean(), shift=0., low=0., high=0., note=IDENTICAL)
@@ -170,16 +179,13 @@ def shift_table(
     seed:int=0, # of the bootstrap
 )->pd.DataFrame: # per model and tier: n (churches), seeds, before, after, shift, low, high, d_z, d_av, t, p, p_holm, note
     "The shift of every model and tier; Holm over all rows but the linear ones."
-    groups = [*check_scores(scores).groupby(['model','tier'], sort=False)]
+    groups = in_order(check_scores(scores).groupby(['model','tier'], sort=False))
     pairs = [by_church(g) for _,g in groups] # of the same churches: `check_scores` has seen to it
     ends = np.transpose(bca_interval(np.stack([p.after-p.before for p in pairs], 1), seed)) if len(pairs[0])>2 else np.zeros((len(pairs),2))
     rows = [_linear_row(g, p) if t=='linear' else _row(*_pairs(p.before, p.after), *e) for ((_,t),g),p,e in zip(groups, pairs, ends)]
     table = pd.DataFrame([dict(model=m, tier=t, seeds=g.seed.nunique(), **r) for ((m,t),g),r in zip(groups, rows)])
     table = table.reindex(columns=['model','tier','n','seeds','before','after','shift','low','high','d_z','d_av','t','p','p_holm','note'])
-    table['p_holm'] = holm(table.p) # linear rows have no p
-    models,tiers = ([*dict.fromkeys(c)] for c in (table.model, [*TIER_ORDER,*table.tier]))
-    place = lambda c: c.map((models if c.name=='model' else tiers).index)
-    return table.sort_values(['model','tier'], key=place, kind='stable', ignore_index=True)
+    return table.assign(p_holm=holm(table.p)) # linear rows have no p
 
 # %% ../nbs/05_iou_stats.ipynb #68d941d4
 def _read_scores(table, name, only, run):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig
+from timm_models import timm_model
 from ssl_wikichurches import backbones
 from ssl_wikichurches.attention import (AttentionCall, artifact_patches, attention_weights, capture_attention, fuse_heads, maps_and_prefix, mask_patches,
                                         pooled_maps, prefix_mass, read_pooled, received_maps, regrid)
@@ -419,16 +420,6 @@ def test_output_of_timm_s_pooling_head_from_its_weights():
     with capture_attention(read=lambda call: call) as seen: b(images(64))
     hook.remove(); call = seen.records[-1]
     torch.testing.assert_close((call.weights()@call.value).transpose(1,2).flatten(2), entered[0], atol=1e-6, rtol=1e-5)
-
-def timm_model(architecture):
-    options = dict(depth=3, embed_dim=96, num_heads=4, img_size=64, patch_size=16)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.random.default_generator.manual_seed(2)
-        model = backbones._build_timm(architecture, **options)
-        for k,p in model.named_parameters():
-            if 'gamma' in k: p.fill_(1.)
-            elif p.ndim>1 and 'attn' in k: p.mul_(4)
-    return backbones._load_timm(architecture, lambda m: model.state_dict(), architecture, options).eval()
 
 @pytest.mark.parametrize('architecture', ('vit_base_patch16_dinov3','vit_base_patch14_reg4_dinov2','vit_base_patch16_siglip_224'))
 @torch.no_grad()

@@ -4,7 +4,8 @@ import json, math
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from ssl_wikichurches import attn_supervised, backbones, finetune
+from timm_models import timm_model
+from ssl_wikichurches import attn_supervised, finetune
 from ssl_wikichurches.attention import capture_attention, pooled_maps
 from ssl_wikichurches.attn_supervised import (KINDS, AttentionTerm, AttnSupervisedRecipe, BoxedOrder, attention_loss, boxed_batches, check_crossfit, crossfit_folds,
                                               crossfit_parts, fit_attn_supervised, pull_loss, stay_loss, supervised_maps, union_masks, weight_at)
@@ -16,15 +17,6 @@ from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns='images_per_second')
 
-def timm_model(architecture):
-    options = dict(depth=3, embed_dim=96, num_heads=4, img_size=64, patch_size=16)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.random.default_generator.manual_seed(2)
-        model = backbones._build_timm(architecture, **options)
-        for k,p in model.named_parameters():
-            if 'gamma' in k: p.fill_(1.)
-            elif p.ndim>1 and 'attn' in k: p.mul_(4)
-    return backbones._load_timm(architecture, lambda m: model.state_dict(), architecture, options).eval()
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 MODELS = ('tiny-dinov2','tiny-dinov3','tiny-mae','tiny-clip','tiny-siglip','tiny-supervised',*TIMM)

@@ -1,5 +1,5 @@
 "Styles, parts, blocks and heads against plain recomputation from metrics.parquet and maps."
-import itertools, json, re, shutil
+import itertools, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from scipy import stats
 from torch.nn import functional as F
 from ssl_wikichurches.data import STYLES, ChurchDataset, eval_transform, read_churches
-from ssl_wikichurches.detail import (FEW, best_block_table, best_heads, block_table, church_cells, example_images, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
+from ssl_wikichurches.detail import (FEW, best_block_table, best_heads, block_table, church_cells, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
                                      part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs)
 from ssl_wikichurches.experiments import Study, run_study
 from ssl_wikichurches.inference import moderation

@@ -1,5 +1,4 @@
 "Inference against scipy, statsmodels, enumeration, and simulations with planted effects."
-import sys
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, pytest

@@ -1,6 +1,5 @@
 "The table of all metrics: against single calls, in any order, memory, device and number of threads; by part; from files; on real photographs."
 import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, settings, strategies as st
 from ssl_wikichurches.baselines import baseline_maps
 from ssl_wikichurches.data import ChurchDataset, box_mask, church_id, eval_transform, read_churches
 from ssl_wikichurches.measures import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
