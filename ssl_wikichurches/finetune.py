@@ -299,10 +299,15 @@ class Fitted:
     n_trainable:int # number of trained weights
     other:dict = field(default_factory=dict) # as `state`, of the epoch that was not chosen: the best or the last; empty where they are one
     best_epoch:int=0 # of the highest balanced accuracy on validation, from 1; 0 where nothing was trained in epochs
+    held_out:tuple=() # evaluation images whose boxes the training did not use; empty where it used no box at all
 
-    def scores(self, loader:DataLoader, device:str='cpu')->dict: # accuracy, balanced_accuracy, macro_f1
+    def predictions(self, loader:DataLoader, device:str='cpu')->pd.DataFrame: # image, label, predicted, and the probability of each style; of a loader without shuffling
         logits,t = predict(StyleModel(self.backbone, self.classifier).to(device), loader, device)
-        return classification_scores(t.numpy(), logits.argmax(1).numpy())
+        table = pd.DataFrame(dict(image=loader.dataset.names, label=t.numpy(), predicted=logits.argmax(1).numpy()))
+        return table.join(pd.DataFrame(logits.softmax(1).numpy(), columns=[f'p_{c.lower()}' for c in CLASSES]))
+    def scores(self, loader:DataLoader, device:str='cpu')->dict: # accuracy, balanced_accuracy, macro_f1
+        p = self.predictions(loader, device)
+        return classification_scores(p.label, p.predicted)
 
 # %% ../nbs/03_finetune.ipynb #879ad902
 def both_states(

@@ -81,12 +81,14 @@ def fit_full(
     device:str='cpu',
     folder:str|os.PathLike=None, # see `train`
     classifier:nn.Linear=None, # to start from; None: a new one
+    extra=None, # function of the number of steps: a further loss for `train`; None: none
 )->Fitted:
     "Train every weight that the library leaves trainable."
     model = StyleModel(backbone, classifier or new_classifier(backbone.dim, seed)).to(device)
-    groups = parameter_groups(model, recipe)
+    groups,loaders = parameter_groups(model, recipe),data.loaders(recipe, seed)
+    further = extra(recipe.epochs*len(loaders[0])) if extra else None
     with stochastic_depth(backbone, recipe.drop_path):
-        trained = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device, folder=folder)
+        trained = train(model, groups, loaders, data.weight(recipe), recipe, seed, device, folder=folder, extra=further)
     def state():
         weights = {f'backbone.{k}':v.detach().cpu().clone() for k,v in backbone.state_dict().items()}
         return weights|classifier_state(model.classifier)

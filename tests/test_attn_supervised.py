@@ -7,20 +7,22 @@ from torch.nn import functional as F
 from timm_models import timm_model
 from ssl_wikichurches import attn_supervised, finetune
 from ssl_wikichurches.attention import capture_attention, pooled_maps
-from ssl_wikichurches.attn_supervised import (KINDS, AttentionTerm, AttnSupervisedRecipe, BoxedOrder, attention_loss, boxed_batches, check_crossfit, crossfit_folds,
-                                              crossfit_parts, fit_attn_supervised, pull_loss, stay_loss, supervised_maps, union_masks, weight_at)
+from ssl_wikichurches.attn_supervised import (BOXES, KINDS, AttentionTerm, AttnSupervisedRecipe, BoxedOrder, attention_loss, box_donors, boxed_batches, check_crossfit, crossfit_folds,
+                                              crossfit_parts, fit_attn_supervised, prior_mask, pull_loss, same_owner, stay_loss, supervised_maps, union_masks, weight_at)
 from ssl_wikichurches.backbones import attention_projections, load_backbone
 from ssl_wikichurches.data import ChurchDataset, eval_transform
 from ssl_wikichurches.finetune import make_recipe
 from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
+from ssl_wikichurches.splits import make_split
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns='images_per_second')
 
-
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 MODELS = ('tiny-dinov2','tiny-dinov3','tiny-mae','tiny-clip','tiny-siglip','tiny-supervised',*TIMM)
 def model(name): return timm_model(name) if name in TIMM else load_backbone(name)
+
+def boxes_loss(maps, boxes, size, *args, **kwargs): return attention_loss(maps, union_masks(boxes, size), *args, **kwargs)
 
 def batch(size, n=3, seed=0):
     "Images, and boxes; the second image has none."
@@ -76,20 +78,20 @@ def test_gradient_by_finite_differences(kind, per_head):
     gen = torch.Generator().manual_seed(1)
     maps = (.1+torch.rand(3, 2, 2, 3, 3, generator=gen, dtype=torch.double)).requires_grad_()
     frozen,(_,boxes) = torch.rand(maps.shape, generator=gen, dtype=torch.double)+.1,batch(12)
-    assert torch.autograd.gradcheck(lambda m: attention_loss(m, boxes, 12, kind, per_head, frozen, .5), maps, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda m: boxes_loss(m, boxes, 12, kind, per_head, frozen, .5), maps, atol=1e-7)
 
 def test_heads_are_averaged_and_not_images():
     gen = torch.Generator().manual_seed(2)
     maps,(_,boxes) = torch.rand(3, 1, 4, 6, 6, generator=gen),batch(12)
     masks = union_masks(boxes, 12)
     want = np.mean([by_hand(maps[i,0].double().mean(0), masks[i], 'cosine') for i in (0,2)])
-    assert attention_loss(maps, boxes, 12, 'cosine').item()==pytest.approx(want, abs=1e-7)
+    assert boxes_loss(maps, boxes, 12, 'cosine').item()==pytest.approx(want, abs=1e-7)
     want = np.mean([by_hand(h, masks[i], 'cosine') for i in (0,2) for h in maps[i,0]])
-    assert attention_loss(maps, boxes, 12, 'cosine', per_head=True).item()==pytest.approx(want, abs=1e-7)
+    assert boxes_loss(maps, boxes, 12, 'cosine', per_head=True).item()==pytest.approx(want, abs=1e-7)
     shuffled = maps[:,:,torch.randperm(4, generator=gen)]
-    assert attention_loss(shuffled, boxes, 12).item()==pytest.approx(attention_loss(maps, boxes, 12).item(), abs=1e-7)
+    assert boxes_loss(shuffled, boxes, 12).item()==pytest.approx(boxes_loss(maps, boxes, 12).item(), abs=1e-7)
     order = [2,0,1]
-    assert attention_loss(maps[order], [boxes[i] for i in order], 12).item()==pytest.approx(attention_loss(maps, boxes, 12).item(), abs=1e-12)
+    assert boxes_loss(maps[order], [boxes[i] for i in order], 12).item()==pytest.approx(boxes_loss(maps, boxes, 12).item(), abs=1e-12)
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('fill', (0., math.nan, math.inf))
@@ -98,14 +100,14 @@ def test_images_without_boxes_are_inert(kind, fill):
     frozen = torch.rand(maps.shape)
     maps[1] = frozen[1] = fill
     maps.requires_grad_()
-    loss = attention_loss(maps, boxes, 12, kind, frozen=frozen, stay=1.)
+    loss = boxes_loss(maps, boxes, 12, kind, frozen=frozen, stay=1.)
     loss.backward()
     pair = [0,2]
-    assert loss.item()==attention_loss(maps[pair], [boxes[i] for i in pair], 12, kind, frozen=frozen[pair], stay=1.).item()
+    assert loss.item()==boxes_loss(maps[pair], [boxes[i] for i in pair], 12, kind, frozen=frozen[pair], stay=1.).item()
     assert (maps.grad[1]==0).all() and maps.grad[pair].isfinite().all() and maps.grad[pair].abs().amax()>0
     maps.grad = None
     tiny = torch.tensor([[3.1,3.1,3.2,3.2]]) # no pixel's center lies in it
-    none = attention_loss(maps, [boxes[1], boxes[1], tiny], 12, kind)
+    none = boxes_loss(maps, [boxes[1], boxes[1], tiny], 12, kind)
     none.backward()
     assert none.item()==0 and (maps.grad==0).all()
 
@@ -146,7 +148,7 @@ def zero(p): return p is None or bool((p==0).all())
 def test_gradients_reach_queries_and_keys_of_the_block_only(name, block, kind):
     b = model(name).train()
     x,boxes = batch(b.spec.size)
-    attention_loss(supervised_maps(b, x, [block]), boxes, b.spec.size, kind).backward()
+    boxes_loss(supervised_maps(b, x, [block]), boxes, b.spec.size, kind).backward()
     grads = {n:p.grad for n,p in b.named_parameters()}
     prefix,p = of_block(b, block)
     if 'qkv' in p:
@@ -171,7 +173,7 @@ def test_gradients_of_a_pooling_head(name):
     x,boxes = batch(b.spec.size)
     maps = supervised_maps(b, x, [-1])
     assert maps.shape[1]==1
-    attention_loss(maps, boxes, b.spec.size).backward()
+    boxes_loss(maps, boxes, b.spec.size).backward()
     grads = {n:p.grad for n,p in b.named_parameters()}
     head = {n:g for n,g in grads.items() if n.startswith(('model.head','model.attn_pool'))}
     reached = {n for n,g in head.items() if not zero(g)}
@@ -195,7 +197,7 @@ def test_gradients_of_weights_by_finite_differences(name):
         records = seen.records[-1:] # of the last block, or the head
         maps = torch.stack([r.weights[:,:,0] for r in records], 1)[...,b.spec.n_prefix:].unflatten(-1, (b.spec.grid,)*2)
         assert maps.dtype==torch.double
-        return attention_loss(maps, boxes, b.spec.size, 'inside')
+        return boxes_loss(maps, boxes, b.spec.size, 'inside')
     params = [p for p in b.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss(), params, allow_unused=True)
     gen,h = torch.Generator().manual_seed(4),1e-5
@@ -235,7 +237,7 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(data, monkeypatch):
 def test_mirrored_maps_and_boxes_have_the_same_loss(kind):
     maps,(_,boxes) = torch.rand(3, 2, 4, 6, 6),batch(48)
     mirrored = [torch.stack([48-b[:,2], b[:,1], 48-b[:,0], b[:,3]], 1) for b in boxes]
-    assert attention_loss(maps.flip(-1), mirrored, 48, kind).item()==pytest.approx(attention_loss(maps, boxes, 48, kind).item(), abs=1e-9)
+    assert boxes_loss(maps.flip(-1), mirrored, 48, kind).item()==pytest.approx(boxes_loss(maps, boxes, 48, kind).item(), abs=1e-9)
 
 def test_batches_are_a_function_of_seed_and_step(data):
     names = list(data.split.eval)
@@ -294,6 +296,72 @@ def test_a_planted_leak_is_caught(data, monkeypatch):
         with pytest.raises(ValueError, match=f'{owner[b]} is supervised and measured'): fit_attn_supervised(load_backbone('tiny-clip'), leaky, replace(recipe, fold_seed=seed))
     assert caught
 
+def test_copies_of_a_picture_stay_in_one_fold(data, monkeypatch):
+    names = list(data.split.eval)
+    recipe = AttnSupervisedRecipe(folds=2)
+    fold_of = lambda: {n:n in crossfit_parts(data, recipe)[1] for n in names}
+    apart = fold_of()
+    pairs = [(a,b) for a in names[:12] for b in names[12:24] if apart[a]!=apart[b]][:3]
+    copies = pd.DataFrame(pairs, columns=['image','copy_of']).assign(bits=0)
+    monkeypatch.setattr(attn_supervised, 'near_duplicates', lambda churches, images, of: copies)
+    together = fold_of()
+    assert all(together[a]==together[b] for a,b in pairs)
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_owners_are_the_components_of_copies(pairs):
+    churches = pd.Series([f'Q{i}' for i in range(10)], [f'i{i}' for i in range(10)])
+    got = same_owner(churches, pd.DataFrame([(f'i{a}',f'i{b}') for a,b in pairs], columns=['image','copy_of']))
+    group = list(range(10))
+    for _ in range(10): # union by hand
+        for a,b in pairs: group = [min(group[a], group[b]) if g in (group[a],group[b]) else g for g in group]
+    assert [[got.iloc[i]==got.iloc[j] for j in range(10)] for i in range(10)]==[[group[i]==group[j] for j in range(10)] for i in range(10)]
+
+# ---- boxes that say less
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_donors_are_other_churches(seed):
+    rng = np.random.default_rng(seed)
+    names,churches,styles = [f'i{j}' for j in rng.permutation(24)],[f'Q{j//2}' for j in range(24)],[j//12 for j in range(24)]
+    church,style = dict(zip(names, churches)),dict(zip(names, styles))
+    for boxes in ('same_style','shuffled'):
+        d = box_donors(names, churches, styles, boxes, seed)
+        assert d.keys()=={*names} and sorted(d.values())==sorted(names) and all(church[a]!=church[b] for a,b in d.items())
+        assert boxes=='shuffled' or all(style[a]==style[b] for a,b in d.items())
+        order = rng.permutation(24)
+        assert box_donors([names[k] for k in order], [churches[k] for k in order], [styles[k] for k in order], boxes, seed)==d
+    with pytest.raises(ValueError, match='expected'): box_donors(names, churches, styles, 'own')
+    with pytest.raises(ValueError, match='half'): box_donors(['a','b','c'], ['Q1','Q2','Q3'], [0,0,1], 'same_style')
+
+def test_donated_boxes_arrive(data):
+    names = list(data.split.eval)[:8]
+    donors = dict(zip(names, names[1:]+names[:1]))
+    loader = boxed_batches(data, names, 8, augment=False, donors=donors)
+    order = [names[i] for i,_ in next(iter(loader.batch_sampler))]
+    images,boxes = next(iter(loader))
+    own = {i['name']:i for i in ChurchDataset(data.churches, names, eval_transform(data.size))}
+    for n,x,b in zip(order, images, boxes): assert torch.equal(x, own[n]['image']) and torch.equal(b, own[donors[n]]['boxes'].as_subclass(torch.Tensor))
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_prior_mask_by_hand(seed):
+    masks = torch.rand(5, 6, 6, generator=torch.Generator().manual_seed(seed))<.3
+    counts = masks.sum(0).flatten().tolist()
+    n = round(sum(counts)/5)
+    want = sorted(range(36), key=lambda k: (-counts[k],k))[:n]
+    assert prior_mask(masks).flatten().nonzero().flatten().tolist()==sorted(want)
+    assert torch.equal(prior_mask(masks[:1]), masks[0])
+
+def test_the_prior_is_one_target_for_all(data):
+    b,names = load_backbone('tiny-clip'),list(data.split.eval)[:10]
+    term = AttentionTerm(b, data, names, AttnSupervisedRecipe(folds=2, boxes='prior'))
+    seen = []
+    term.loss = lambda images, masks: seen.append(masks) or next(b.parameters()).sum()*0
+    term(0)
+    want = prior_mask(union_masks([i['boxes'] for i in ChurchDataset(data.churches, names, eval_transform(data.size))], data.size))
+    assert len(seen[0])==8 and all(torch.equal(m, want) for m in seen[0])
+
 # ---- training
 
 SHORT = dict(epochs=2, batch=30, lr=1e-3, backbone_lr=1e-4)
@@ -301,7 +369,9 @@ SHORT = dict(epochs=2, batch=30, lr=1e-3, backbone_lr=1e-4)
 @pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip'))
 def test_weight_0_is_full_fine_tuning_bit_for_bit(data, name):
     full = fit_full(load_backbone(name), data, FullRecipe(**SHORT), 3)
-    none = fit_attn_supervised(load_backbone(name), data, AttnSupervisedRecipe(**SHORT, weight=0., folds=2), 3)
+    recipe = AttnSupervisedRecipe(**SHORT, weight=0., folds=2)
+    none = fit_attn_supervised(load_backbone(name), data, recipe, 3)
+    assert none.held_out==crossfit_parts(data, recipe)[1] and not full.held_out
     assert same(full.state, none.state) and same(full.other, none.other)
     pd.testing.assert_frame_equal(numbers(full.history), numbers(none.history), check_exact=True)
 
@@ -320,9 +390,9 @@ def test_training_pulls_and_can_be_restored(data, name, more):
     items = ChurchDataset(data.churches, names, eval_transform(96))
     x,boxes = torch.stack([i['image'] for i in items]),[i['boxes'] for i in items]
     blocks = [int(t) for t in recipe.blocks.split(',')]
-    before = attention_loss(pooled_maps(start, x)[:,blocks], boxes, 96, recipe.kind, recipe.per_head).item()
+    before = boxes_loss(pooled_maps(start, x)[:,blocks], boxes, 96, recipe.kind, recipe.per_head).item()
     f = fit_attn_supervised(load_backbone(name), data, recipe, 1)
-    after = attention_loss(pooled_maps(f.backbone, x)[:,blocks], boxes, 96, recipe.kind, recipe.per_head).item()
+    after = boxes_loss(pooled_maps(f.backbone, x)[:,blocks], boxes, 96, recipe.kind, recipe.per_head).item()
     assert after<before
     again = restore_full(load_backbone(name), recipe, f.state)
     assert torch.equal(again(x), f.backbone(x))
@@ -347,9 +417,11 @@ def test_the_same_seed_and_a_killed_training_end_with_the_same_bits(data, tmp_pa
     fewer = replace(data, split=replace(data.split, eval=data.split.eval[1:])) # the same recipe, other supervised photographs
     with pytest.raises(ValueError, match='another training'): fit_attn_supervised(load_backbone('tiny-clip'), fewer, recipe, 5, 'cpu', tmp_path)
 
-def test_held_out_boxes_are_never_read(data):
+@pytest.mark.parametrize('control', BOXES)
+def test_held_out_boxes_are_never_read(data, control):
     "Other boxes on the held-out fold give the same weights to the last bit."
-    recipe = AttnSupervisedRecipe(epochs=1, batch=30, lr=1e-3, folds=2)
+    data = replace(data, split=replace(data.split, eval=make_split(data.churches).eval)) # enough churches of each style to exchange boxes
+    recipe = AttnSupervisedRecipe(epochs=1, batch=30, lr=1e-3, folds=2, boxes=control)
     held = crossfit_parts(data, recipe)[1]
     boxes = data.churches.boxes.copy()
     boxes.loc[boxes.image.isin(held), ['left','top','width','height']] = [.0,.0,.1,.1]
@@ -361,7 +433,7 @@ def test_held_out_boxes_are_never_read(data):
 
 def test_a_step_whose_crops_lost_every_box_adds_nothing(data, monkeypatch):
     b,recipe = load_backbone('tiny-clip'),AttnSupervisedRecipe(folds=2, batch=8)
-    term = AttentionTerm(b, data, recipe)
+    term = AttentionTerm(b, data, data.split.eval[:9], recipe)
     monkeypatch.setattr(attn_supervised, 'boxed_batches', lambda *a: [(torch.rand(2, 3, 96, 96), [torch.zeros(0, 4)]*2)])
     assert math.isnan(term(0)) and all(p.grad is None for p in b.parameters())
 
@@ -369,7 +441,7 @@ def test_weight_rises_and_recipe_round_trips():
     r = AttnSupervisedRecipe(weight=3., weight_warmup=.5)
     assert [weight_at(i, 4, r) for i in range(4)]==[1.5,3,3,3] and weight_at(0, 4, replace(r, weight_warmup=0.))==3
     assert AttnSupervisedRecipe(**json.loads(json.dumps(asdict(r))))==r and make_recipe(AttnSupervisedRecipe, weight=3, weight_warmup=.5)==r
-    for bad in (dict(kind='dice'), dict(weight=-1.), dict(ratio=0.), dict(stay=-.1), dict(folds=1), dict(fold=5), dict(blocks='last'), dict(blocks='-1,-1'), dict(weight_warmup=2.)):
+    for bad in (dict(kind='dice'), dict(boxes='none'), dict(weight=-1.), dict(ratio=0.), dict(stay=-.1), dict(folds=1), dict(fold=5), dict(blocks='last'), dict(blocks='-1,-1'), dict(weight_warmup=2.)):
         with pytest.raises(ValueError): AttnSupervisedRecipe(**bad)
 
 def test_several_processes_are_refused(data, monkeypatch):
