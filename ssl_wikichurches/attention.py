@@ -172,6 +172,7 @@ def _pooled_rows(backbone, records):
     "Rows of the pooled feature (batch, blocks, heads, tokens): of the class token, or of the pooling head's probe."
     _expect(backbone, [r.weights.shape[-1] for r in records])
     if backbone.spec.pooling=='head': records = records[-1:]
+    else: records = [records[i] for i in backbone.measured]
     return torch.stack([r.weights[:,:,0] for r in records], dim=1).float()
 
 # %% ../nbs/02_attention.ipynb #5675ab5a
@@ -183,7 +184,7 @@ def read_pooled(
     backbone:Backbone, # the encoder that was run
     records:list, # of one forward pass inside `capture_attention`
 )->torch.Tensor: # (batch, blocks, heads, grid, grid) float32, raw weights; one block for pooling heads; differentiable
-    "What the pooled feature was made of: the class token's row in each block, or the probe's row of the pooling head."
+    "What the pooled feature was made of: the class token's row in each measured block, or the probe's row of the pooling head."
     return _on_patches(backbone, _pooled_rows(backbone, records))
 
 # %% ../nbs/02_attention.ipynb #170473b0
@@ -235,7 +236,7 @@ def received_maps(
     n,g = backbone.spec.n_prefix,backbone.spec.grid
     with torch.no_grad(), capture_attention(read=_received(n)) as seen: backbone(images)
     _expect(backbone, seen.n_keys)
-    return torch.stack(seen.records[:backbone.depth], dim=1).unflatten(-1, (g,g))
+    return torch.stack([seen.records[i] for i in backbone.measured], dim=1).unflatten(-1, (g,g))
 
 # %% ../nbs/02_attention.ipynb #ad22735c
 _FUSE = dict(mean=torch.mean, max=torch.amax, min=torch.amin)
@@ -253,12 +254,13 @@ def fuse_heads(
 def artifact_patches(
     backbone:Backbone, # in evaluation mode
     images:torch.Tensor, # (batch, 3, size, size) in [0, 1]
-    block:int=-1, # after which the norms are taken, before the final norm; -1: the last
+    block:int=-1, # among the measured ones, after which the norms are taken, before the final norm; -1: the last
     sds:float=3., # standard deviations above the mean of the image's own patches
 )->torch.Tensor: # (batch, grid, grid) bool
     "Patches whose token is unusually long (after Darcet et al., 2024, section 2)."
     _ready(backbone)
-    if not -backbone.depth<=block<backbone.depth: raise ValueError(f"block is {block}: {backbone.spec.name} has {backbone.depth} blocks")
+    n = len(backbone.measured)
+    if not -n<=block<n: raise ValueError(f"block is {block}: {backbone.spec.name} has {n} blocks")
     with torch.no_grad(): norms = backbone.blocks(images)[:,block].float().norm(dim=-1)
     sd,mean = torch.std_mean(norms, dim=-1, correction=0, keepdim=True)
     return (norms>mean+sds*sd).unflatten(-1, (backbone.spec.grid,)*2)

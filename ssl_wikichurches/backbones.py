@@ -115,6 +115,7 @@ class Backbone(nn.Module):
         self.dim,self.depth,self.n_heads = ((hf.hidden_size, hf.num_hidden_layers, hf.num_attention_heads) if hf else
                                             (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads))
         self.native = hf.image_size if hf else spec.size
+        self.measured = tuple(range(self.depth)) # blocks whose maps and patches are read, in this order
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(spec, k)).view(3,1,1), persistent=False)
 
     @property
@@ -153,12 +154,12 @@ class Backbone(nn.Module):
 
     def blocks(self,
         images:torch.Tensor, # (batch, 3, size, size), float, in [0, 1]
-    )->torch.Tensor: # (batch, depth, grid^2, dim), in reading order
-        "Features of the patches after each block, before the final norm."
+    )->torch.Tensor: # (batch, measured blocks, grid^2, dim), in reading order
+        "Features of the patches after each measured block, before the final norm."
         inputs = self._inputs(images)
         if self.spec.family=='timm': found = self.model.forward_intermediates(**inputs, norm=False, output_fmt='NLC', intermediates_only=True)
         else: found = [t[:,self.spec.n_prefix:] for t in self.model(**inputs, output_hidden_states=True).hidden_states[1:]]
-        return torch.stack(found, 1)
+        return torch.stack([found[i] for i in self.measured], 1)
 
 # %% ../nbs/01_backbones.ipynb #b5b1add8
 _SPARE = re.compile(r'((head|head_dist|fc|classifier|projectors|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias|mask_token)(\.|$))'
@@ -245,6 +246,8 @@ def save_backbone(
 )->Path: # `folder`, which `load_backbone` takes
     "Writes weights and spec, so that loading back gives the same features bit for bit (unless rounded by `dtype`)."
     if hasattr(backbone.model, 'peft_config'): raise ValueError("the backbone carries adapters: `backbone.model = backbone.model.merge_and_unload()` first")
+    if len(backbone.measured)<backbone.depth:
+        raise ValueError(f"{backbone.spec.name} measures {len(backbone.measured)} of its {backbone.depth} blocks, which a saved folder cannot tell: `collapse` what was expanded, or keep the tensors of its run")
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k,v in backbone.model.state_dict().items()}
     if dtype: state = {k: v.to(dtype) if v.is_floating_point() else v for k,v in state.items()}
