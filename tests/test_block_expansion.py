@@ -7,7 +7,7 @@ from torch import nn
 from timm_models import timm_model
 from ssl_wikichurches import backbones, finetune
 from ssl_wikichurches.attention import artifact_patches, capture_attention, maps_and_prefix, pooled_maps, received_maps
-from ssl_wikichurches.backbones import TINY, Backbone, load_backbone, save_backbone
+from ssl_wikichurches.backbones import TINY, load_backbone, save_backbone
 from ssl_wikichurches.block_expansion import (BlockExpansionRecipe, added_blocks, added_maps, block_mapping, block_state, branch_ends, collapse, expand, fit_block_expansion,
                                               identity_copy, restore_block_expansion)
 from ssl_wikichurches.checkpoint import read_tensors, write_tensors
