@@ -172,6 +172,18 @@ def test_blocks_are_those_that_ran(monkeypatch):
         assert found.shape[1]==4 and len(out)==6
         for k,i in enumerate(b.measured): torch.testing.assert_close(found[:,k], out[i][:,b.spec.n_prefix:])
 
+def test_twelve_real_blocks(real):
+    "A ViT-Tiny trained on ImageNet, as the paper expands it: copies after blocks 4, 8 and 12, a quarter more weights in blocks."
+    b = silent(load_backbone(f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}")); x = images(b)
+    with torch.no_grad(): feature,maps = b(x),pooled_maps(b, x)
+    n = sum(p.numel() for m in b.layers for p in m.parameters())
+    expand(b)
+    assert added_blocks(b)==[4,9,14] and 4*sum(p.numel() for p in b.parameters() if p.requires_grad)==n
+    silent(b)
+    with torch.no_grad(): assert torch.equal(b(x), feature) and torch.equal(pooled_maps(b, x), maps)
+    silent(shaken(b))
+    with torch.no_grad(): assert torch.equal(pooled_maps(b, x)[:,:4], maps[:,:4]) and not torch.equal(pooled_maps(b, x)[:,4:], maps[:,4:])
+
 # ---- back
 
 @pytest.mark.parametrize('name', MODELS)
