@@ -54,6 +54,7 @@ class Recipe:
 # %% ../nbs/03_finetune.ipynb #ea6c8abf
 def make_recipe(
     kind:type, # a recipe class
+    /, # which may have a field of that name
     **overrides, # fields to change; unknown ones raise
 )->Recipe:
     "A recipe with some fields changed."

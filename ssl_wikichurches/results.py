@@ -19,7 +19,7 @@ from .attention import mask_patches
 from .backbones import load_backbone
 from .data import ChurchDataset, church_id, eval_transform
 from .download import load_churches
-from .experiments import TIERS, Run, Study, as_study, store_scores, study_runs
+from .experiments import Run, Study, as_study, store_scores, study_runs, tier_method
 from .faithfulness import before_and_after, matched_sets
 from .finetune import StyleModel, load_classifier
 from .inference import benjamini_hochberg, crossed_bootstrap, seed_variance, shift_grid
@@ -48,13 +48,14 @@ def missing_runs(
 # %% ../nbs/06_results.ipynb #2d0f96a8
 def complete_runs(
     root:str|os.PathLike, # folder of a study
-)->pd.DataFrame: # one row per complete run: its folder, and the fields of recipe.json and run.json
-    "The runs of a study that are complete."
+    boxed:bool=False, # True: those whose training used boxes; False: the others; None: all
+)->pd.DataFrame: # one row per complete run: its folder, and the fields of recipe.json and run.json; may be empty
+    "The runs of a study that are complete. Runs that were taught boxes are never among those that were not."
     folders = [Path(root)/r.name for r in study_runs(read_study(root), '')]
     read = lambda f, name: json.loads((f/name).read_text())
     rows = [dict(folder=f, **read(f, 'recipe.json'), **read(f, 'run.json')) for f in folders if (f/'run.json').is_file()]
     if not rows: raise FileNotFoundError(f"{root} holds no complete run: run the study first")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows)[[boxed in (None, bool(r.get('held_out'))) for r in rows]].reset_index(drop=True)
 
 # %% ../nbs/06_results.ipynb #055e09c2
 def _scores(folder, metric, block, head, columns='value'):
@@ -160,7 +161,7 @@ def cost_table(
     root:str|os.PathLike, # folder of a study
 )->pd.DataFrame: # per model and tier: trained weights, epochs, and seconds of a whole run on what `processor` names, averaged over seeds
     "What the runs of a study cost. Seconds count from the last start of a run, and compare only on a machine that had nothing else to do."
-    runs = complete_runs(root)
+    runs = complete_runs(root, boxed=None)
     groups = runs[runs.tier!='frozen'].groupby(['model','tier'], sort=False)
     return groups.agg(trained_weights=('n_trainable','first'), epochs=('epochs','mean'), seconds=('seconds','mean'), seeds=('seed','nunique'), processor=('processor','first')).reset_index().astype(dict(trained_weights=int))
 
@@ -187,7 +188,7 @@ def rescore(
     progress:bool=True, # a bar with the time left
 )->list: # names of the runs
     "Compute all metrics of all complete runs from their maps."
-    behind,runs = measured_images(root),complete_runs(root)
+    behind,runs = measured_images(root),complete_runs(root, boxed=None)
     runs = runs[runs.model.isin(behind)]
     boxes = {model:m.boxes() for model,m in behind.items()}
     for r in tqdm(runs.itertuples(), total=len(runs), desc='scoring', unit='run', disable=not progress): store_scores(r.folder, behind[r.model].same_images(r.folder), boxes[r.model])
@@ -221,7 +222,8 @@ def load_run(
     backbone = load_backbone(run.source, size=run.size or None)
     if run.tier=='frozen': return backbone, None
     state = load_file(folder/'model.safetensors')
-    return TIERS[run.tier].restore(backbone, TIERS[run.tier].recipe(**run.recipe), state), load_classifier(state)
+    tier = tier_method(run.tier)
+    return tier.restore(backbone, tier.recipe(**run.recipe), state), load_classifier(state)
 
 # %% ../nbs/06_results.ipynb #667e053d
 def study_faithfulness(
