@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT', 'draw_shifts', 'sign_flip_p', 'wilcoxon_pratt', 'paired_tests', 'bootstrap_t_interval', 'effect_interval',
            'equivalence', 'max_t', 'benjamini_hochberg', 'split_half_heads', 'shift_grid', 'crossed_bootstrap',
-           'seed_variance', 'contrasts', 'moderation', 'power_curve', 'detectable_shift']
+           'seed_variance', 'clustered_shift', 'contrasts', 'moderation', 'power_curve', 'detectable_shift']
 
 # %% ../nbs/05c_inference.ipynb #6e3ac73b
 import warnings
@@ -14,6 +14,7 @@ from itertools import combinations
 from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
+from statsmodels.api import OLS
 from statsmodels.formula.api import mixedlm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
@@ -308,6 +309,25 @@ def seed_variance(
     if not x.any(): table['se'] = np.nan
     reach = stats.t.ppf((1+level)/2, table.df)*table.se
     return table.assign(low=table.estimate-reach, high=table.estimate+reach)
+
+# %% ../nbs/05c_inference.ipynb #173f2f76
+def clustered_shift(
+    before:np.ndarray, # (n,) scores, one per church
+    after:np.ndarray, # (n,) scores of the same churches
+    cluster:np.ndarray, # (n,) what churches share, such as the fold
+    level:float=.95, # in (0, 1)
+)->dict: # n, clusters, before, after, shift, se, low, high, t, p (two-sided), note
+    "Mean shift with a cluster-robust standard error and one degree of freedom less than clusters (Cameron and Miller, 2015)."
+    before,after,cluster = np.asarray(before, float),np.asarray(after, float),pd.factorize(np.asarray(cluster))[0]
+    if before.shape!=after.shape or before.shape!=cluster.shape or before.ndim!=1: raise ValueError(f"before is {before.shape}, after {after.shape}, cluster {cluster.shape}: expected three vectors of one length")
+    if not np.isfinite([before,after]).all(): raise ValueError("scores hold values that are not finite: leave those churches out of both")
+    d,k = after-before,len(np.unique(cluster))
+    if k<2: raise ValueError(f"{k} clusters: a spread between them needs at least 2")
+    row = dict(n=len(d), clusters=k, before=before.mean(), after=after.mean(), shift=d.mean())
+    if np.ptp(d)<=1e-12: return row|dict.fromkeys(('se','low','high','t','p'), np.nan)|dict(note=CONSTANT if d.any() else IDENTICAL)
+    fit = OLS(d, np.ones(len(d))).fit(cov_type='cluster', cov_kwds=dict(groups=cluster), use_t=True)
+    low,high = fit.conf_int(1-level)[0]
+    return row|dict(se=fit.bse[0], low=low, high=high, t=fit.tvalues[0], p=fit.pvalues[0], note='')
 
 # %% ../nbs/05c_inference.ipynb #5252c8bd
 def contrasts(

@@ -21,9 +21,10 @@ from .atomic import write_file
 from .checkpoint import write_tensors
 from .iou_stats import readable_table
 from .metrics import PRIMARY
-from .plots import block_plot, forest_plot, grid_plot, ranking_plot, slope_plot
+from .plots import block_plot, forest_plot, grid_plot, price_plot, ranking_plot, slope_plot
 from .results import complete_runs, cost_table, missing_runs, read_study, robustness_table, seeds_table, study_scores, study_table
 from .splits import class_labels
+from .supervision import supervised_table, supervision_contrasts
 from .yardsticks import FAMILY, border_scores, border_table, compare_yardsticks, yardstick_scores
 
 # %% ../nbs/06b_report.ipynb #fe4eb5ae
@@ -64,6 +65,10 @@ shift is zero by construction and was checked to be exactly zero. d_z and d_av c
 {% if border %}<div class="wide">{{ border }}</div>
 <p class="note">Is a shift more than leaving the border? <i>suppressed</i>: what the frozen map gains when its outer ring of patches is set to zero; <i>inside</i>: the shift when both maps have lost the ring, with interval, and Holm's p over these rows; <i>ring_before</i>, <i>ring_after</i>: share of the patches' attention on the ring.</p>{% endif %}
 {% else %}<p class="note">{{ no_yardsticks }}</p>{% endif %}
+{% if boxed %}<h2>Attention pulled into boxes</h2><img alt="Shift and change of accuracy against the weight of the attention loss" src="{{ price }}">
+<p class="note">These tiers were given the boxes of evaluation images, so they are reported apart from all others and are in no other table. <i>shift</i>: out of fold, each church measured by the model that did not see its boxes; interval and p over the folds, whose models are what is independent.
+<i>in_fold</i>: the same models on the churches that supervised them, an upper bound and no estimate. <i>accuracy_change</i>: against <i>full</i>, the same training without boxes. p_holm: over the rows with the churches' own boxes.</p><div class="wide">{{ boxed }}</div>
+<p class="note">What the boxes did beyond training, beyond boxes that say less (of another church of the <i>same style</i>, <i>shuffled</i> among all, one <i>prior</i> for all), and how much of it is memory of these very boxes.</p><div class="wide">{{ boxed_contrasts }}</div>{% endif %}
 <h2>From frozen to tuned</h2><img alt="Level of each model, frozen and after each tier" src="{{ slopes }}">
 <p class="note">Bars: the interval of the shift, drawn around the tuned level. They say whether a model left its own frozen level, and are not made to compare two models.</p>
 <h2>By style</h2>{% if styles %}<div class="wide">{{ styles }}</div>
@@ -181,6 +186,15 @@ def _detail(root, metric):
     return tables|{k:_embed(f) for k,f in figures.items() if f}
 
 # %% ../nbs/06b_report.ipynb #0c9d2076
+def _taught(root, metric):
+    "What is reported of the tiers that used boxes; nothing without such a tier."
+    table = supervised_table(root, metric)
+    if table.empty: return {}
+    fig = Figure(figsize=(10,3.4), dpi=90, layout='constrained')
+    price_plot(table, fig.subplots(1, 2), f'shift of {metric}')
+    show = lambda t: _html(t.round(4), index=False, na_rep='')
+    return dict(price=_embed(fig), boxed=show(table.drop(columns='metric')), boxed_contrasts=show(supervision_contrasts(root, metric)))
+
 def _starred(table, row, columns, value, p):
     "A number for each pair, with a star where p is below .05; rows and columns as they come."
     marked = table.assign(text=[f"{v:+.3f}{'*' if q<.05 else ''}" for v,q in zip(table[value], table[p])])
@@ -206,7 +220,7 @@ def _exclusions(root):
     return dict(copies=[f'{r.image} (of {r.copy_of})' for r in pairs.itertuples()], problems=[f'{r.image}: {r.problem}' for r in problems.itertuples()])
 
 def _facts(root, metric):
-    study,runs,scores = read_study(root), complete_runs(root), study_scores(root, metric)
+    study,runs,scores = read_study(root), complete_runs(root, boxed=None), study_scores(root, metric)
     churches = load_churches(study.data, study.on_error, verify=False)
     labels = class_labels(churches, study.labels).reindex(scores.image.unique())
     first = runs.iloc[0]
@@ -234,7 +248,7 @@ def write_report(
     table = study_table(root, metric)
     text = readable_table(table)
     accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1'))]]
-    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
+    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
                  seeds=_html(over.round(4), index=False) if len(over := seeds_table(root, metric)) else '',
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
@@ -243,7 +257,7 @@ def write_report(
 # %% ../nbs/06b_report.ipynb #8a75bdb6
 def save_results(
     root:str|os.PathLike, # folder of a study
-    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png
+    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png; of tiers that used boxes supervised.csv and contrasts.csv
     metric:str=PRIMARY,
 )->Path: # the folder
     "The small files of a study, for figures and tables elsewhere."
@@ -253,6 +267,8 @@ def save_results(
     about = dict(study=asdict(read_study(root)), metric=metric, missing=missing_runs(root), versions=_distinct(runs.versions),
                  processors=_distinct(runs.processor), **_levels(runs.folder.iloc[0], metric))
     (folder/'study.json').write_text(json.dumps(about, indent=1)+'\n')
+    for name,part in (('supervised',supervised_table(root, metric)), ('contrasts',supervision_contrasts(root, metric))):
+        if len(part): part.to_csv(folder/f'{name}.csv', index=False, float_format='%.9g')
     found = {f'{r.model}/{r.tier}':examples(root, r.model, r.tier, metric) for r in table[table.tier!='linear'].itertuples()}
     scores = {k:[(e.image, e.before, e.after) for e in v] for k,v in found.items()}
     maps = {k:torch.stack([e.maps for e in v]).half() for k,v in found.items()}
