@@ -1,4 +1,4 @@
-"""How fast and how large is a training, beside re-encoding and beside Hugging Face's `Trainer`? Ratios within one run.
+"""How fast and how large is a training, beside re-encoding and beside Hugging Face's `Trainer`, and what does attention supervision add? Ratios within one run.
 
     python benchmarks/training.py [--model tiny-clip] [--repeats 3] [--pairs 24]
 
@@ -12,6 +12,7 @@ from memory import peak_megabytes
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from ssl_wikichurches.attn_supervised import AttnSupervisedRecipe, fit_attn_supervised
 from ssl_wikichurches.backbones import load_backbone
 from ssl_wikichurches.data import ChurchDataset, eval_transform, train_transform
 from ssl_wikichurches.download import load_churches
@@ -58,7 +59,8 @@ def linear_encoding_anew(backbone, data, recipe):
     train(model, [group], data.loaders(recipe, 0), data.weight(recipe), recipe, train_mode=model.eval)
 
 WAYS = {'linear, cached': (fit_linear, LinearRecipe), 'linear, encoding anew': (linear_encoding_anew, LinearRecipe), 'lora': (fit_lora, LoraRecipe),
-        'lora by Trainer': (lora_by_trainer, LoraRecipe), 'full': (fit_full, FullRecipe), 'full by Trainer': (full_by_trainer, FullRecipe)}
+        'lora by Trainer': (lora_by_trainer, LoraRecipe), 'full': (fit_full, FullRecipe), 'full by Trainer': (full_by_trainer, FullRecipe),
+        'attn_supervised': (fit_attn_supervised, AttnSupervisedRecipe)}
 
 def run(way, model, epochs):
     "One training of 320 photographs, and four for validation: its seconds, and those of its median step, loading included."
@@ -88,7 +90,7 @@ def main():
     warnings.filterwarnings('ignore')
     if a.peak: return print(peak(a.peak, a.model))
     rows = []
-    for ours,theirs,what,i,pairs in (('linear, cached','linear, encoding anew','whole training',0,a.repeats), ('lora','lora by Trainer','step',1,a.pairs), ('full','full by Trainer','step',1,a.pairs)):
+    for ours,theirs,what,i,pairs in (('linear, cached','linear, encoding anew','whole training',0,a.repeats), ('lora','lora by Trainer','step',1,a.pairs), ('full','full by Trainer','step',1,a.pairs), ('full','attn_supervised','step',1,a.pairs)):
         for way in (ours,theirs)[:i+1]: run(way, a.model, 1) # a warm-up
         found = [{way:run(way, a.model, 1)[i] for way in (ours,theirs)[::1 if k%2 else -1]} for k in range(pairs)] # each is first as often as last
         ratio = pd.Series([f[theirs]/f[ours] for f in found])
