@@ -34,18 +34,18 @@ def hide_labels(
     split:Split, # with labels 'leaf' or 'hierarchy'; the official lists of 'wc4' are files and cannot be made to forget
     keep:float, # share of the training churches of each style that keep their label, in (0, 1]; at least one church does
     seed:int=0, # of the choice
-)->tuple: # Churches without the hidden labels, Split without the hidden photographs, Series of the hidden class by image
+)->tuple: # Churches without the hidden labels, Split without their churches, Series of the hidden class by image
     "Take the labels of a share of the training churches away."
     if not 0<keep<=1: raise ValueError(f"keep is {keep}: expected a share above 0, and at most 1")
     if split.labels=='wc4': raise ValueError("labels 'wc4' are read from the official lists, which would still tell: make the split with 'leaf' or 'hierarchy'")
-    y = class_labels(churches, split.labels).loc[list(split.train)]
-    owner = churches.images.church.loc[y.index]
-    style,rng = y.groupby(owner).first(),np.random.default_rng(seed)
+    y,owner = class_labels(churches, split.labels),churches.images.church
+    style = y.loc[list(split.train)].groupby(owner.loc[list(split.train)]).first()
+    rng = np.random.default_rng(seed)
     kept = {q for _,g in style.groupby(style) for q in rng.permutation(g.index)[:max(1, round(keep*len(g)))]}
-    hidden = y[~owner.isin(kept)]
-    images,gone = churches.images.copy(),churches.images.church.isin({*owner[hidden.index]})
+    gone,images = owner.isin({*style.index}-kept),churches.images.copy()
     for c in ('styles','church_styles'): images[c] = [() if g else s for g,s in zip(gone, images[c])]
-    return replace(churches, images=images),replace(split, train=tuple(n for n in split.train if n not in hidden.index)),hidden.rename('hidden')
+    hidden = y[gone.loc[y.index]]
+    return replace(churches, images=images),replace(split, train=tuple(n for n in split.train if owner[n] in kept)),hidden.rename('hidden')
 
 # %% ../nbs/04d_semi_supervised.ipynb #5ad6db8d
 def _gone(churches, split):
@@ -223,7 +223,7 @@ def read_pseudo_labels(
     folder:str|os.PathLike, # of a run
 )->pd.DataFrame: # of `pseudo_labels`, after the step or the round of each decision
     "The labels that a run considered."
-    return pd.read_csv(Path(folder)/LABEL_FILE, float_precision='round_trip', keep_default_na=False, dtype=dict(accepted=bool))
+    return pd.read_csv(Path(folder)/LABEL_FILE, keep_default_na=False, dtype=dict(accepted=bool), converters=dict(probability=float, energy=float)) # to the last bit
 
 def _write(table, folder): write_file(Path(folder)/LABEL_FILE, lambda p: table.to_csv(p, index=False))
 
