@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'make_recipe', 'lr_factor', 'class_weights', 'class_recalls', 'classification_scores', 'StyleModel',
-           'new_classifier', 'SeededOrder', 'SeededPhotographs', 'image_loader', 'predict', 'Trained', 'train',
-           'Fitted', 'both_states', 'classifier_state', 'load_classifier', 'check_tensors', 'TrainData']
+           'new_classifier', 'SeededOrder', 'SeededPhotographs', 'class_places', 'BalancedBatches', 'image_loader',
+           'predict', 'Trained', 'train', 'Fitted', 'both_states', 'classifier_state', 'load_classifier',
+           'check_tensors', 'TrainData']
 
 # %% ../nbs/03_finetune.ipynb #64cb83ac
 import hashlib, math, os, time
@@ -152,6 +153,41 @@ class SeededPhotographs(Dataset):
         try: return self.items[i]
         finally: generator.set_state(state)
 
+# %% ../nbs/03_finetune.ipynb #766ab8b8
+def class_places(
+    counts:np.ndarray, # (classes,) training images of each class
+    steps:int, # batches of an epoch
+    per_class:int, # fewest images of each class in a batch
+)->np.ndarray: # (classes,) how often an epoch shows an image of each class; as many in all as there are images
+    "Places of each class in an epoch of balanced batches."
+    counts = np.asarray(counts)
+    if (counts==0).any(): raise ValueError(f"no training image of class {int(np.argmin(counts))}: every class needs some")
+    if (n := counts.sum())//steps<(least := len(counts)*per_class):
+        raise ValueError(f"{n} images in {steps} batches leave {n//steps} to the smallest, but {per_class} of each of {len(counts)} classes are {least}: choose larger batches or a smaller per_class")
+    places = np.maximum(counts, per_class*steps)
+    while places.sum()>n: places[np.argmax(places)] -= 1
+    return places
+
+# %% ../nbs/03_finetune.ipynb #44117b77
+class BalancedBatches(Sampler):
+    "Batches of (position, seed) as in `SeededOrder`, with at least `per_class` positions of every class in each; sizes differ by at most one."
+    def __init__(self,
+        classes:np.ndarray, # (n,) class of each position
+        batch:int, # largest size of a batch
+        generator:torch.Generator, # of order and seeds
+        per_class:int=2,
+    ):
+        self.n,self.steps,self.generator = len(classes),-(-len(classes)//batch),generator
+        self.members = [torch.as_tensor(np.flatnonzero(classes==c)) for c in range(len(CLASSES))]
+        self.places = class_places(np.array([len(m) for m in self.members]), self.steps, per_class)
+    def __len__(self): return self.steps
+    def __iter__(self):
+        shuffled = lambda m: m[torch.randperm(len(m), generator=self.generator)]
+        drawn = torch.cat([torch.cat([shuffled(m) for _ in range(-(-k//len(m)))])[:k] for m,k in zip(self.members, self.places)]) # class after class
+        seeds = torch.randint(2**63-1, (self.n,), generator=self.generator)
+        dealt = [shuffled(torch.arange(i, self.n, self.steps)) for i in range(self.steps)] # like cards
+        yield from [list(zip(drawn[at].tolist(), seeds[at].tolist())) for at in dealt] # drawn at the first batch: a loader with workers asks for an iterator twice
+
 # %% ../nbs/03_finetune.ipynb #506d5393
 def _stack(items): return torch.stack([i['image'] for i in items]), torch.tensor([i['label'] for i in items])
 
@@ -167,14 +203,17 @@ def image_loader(
     seed:int=0, # of order and augmentation
     workers:int=0, # processes that decode; 0: this one
     prepared:bool=False, # read prepared copies where there are any; not for a measurement
+    per_class:int=0, # fewest images of each class in a batch, see `BalancedBatches`; 0: as they come
 )->DataLoader: # of (images (B, 3, s, s) in [0, 1], labels (B,))
     "Batches of photographs with their classes."
     if lost := [n for n in names if n not in labels.index]: raise ValueError(f"{len(lost)} images have no class: {lost[:3]}")
     ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels, prepared)
-    how = dict(batch_size=batch, collate_fn=_stack, num_workers=workers, pin_memory=torch.cuda.is_available())
-    if not augment and not shuffle: return DataLoader(ds, **how)
+    if per_class and not shuffle: raise ValueError(f"per_class is {per_class}, but the order is not to be shuffled: balanced batches are drawn")
+    how = dict(collate_fn=_stack, num_workers=workers, pin_memory=torch.cuda.is_available())
+    if not augment and not shuffle: return DataLoader(ds, batch, **how)
     order = torch.Generator().manual_seed(seed)
-    return DataLoader(SeededPhotographs(ds), sampler=SeededOrder(len(ds), order, shuffle), generator=order, **how)
+    if per_class: return DataLoader(SeededPhotographs(ds), batch_sampler=BalancedBatches(labels.loc[list(names)].to_numpy(), batch, order, per_class), generator=order, **how)
+    return DataLoader(SeededPhotographs(ds), batch, sampler=SeededOrder(len(ds), order, shuffle), generator=order, **how)
 
 # %% ../nbs/03_finetune.ipynb #37d6abcd
 @torch.no_grad()
@@ -194,34 +233,45 @@ def _validate(model, loader, weight, device, team):
     scores = classification_scores(*true_and_said)|{f'recall_{CLASSES[c].lower()}':r for c,r in class_recalls(*true_and_said).items()}
     return dict(val_loss=F.cross_entropy(logits, t, weight).item(), **{f'val_{k}':v for k,v in scores.items()})
 
-def _backward(forward, x, t, weight, recipe, team):
+# %% ../nbs/03_finetune.ipynb #6cf43c94
+def _backward(forward, x, t, weight, recipe, team, objective=None, step=0):
     "Gradients of one batch; its loss."
+    def run(*args, **kwargs):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision=='bfloat16'): return forward(*args, **kwargs)
+    loss = _of_parts(forward, run, x, t, weight, recipe, team) if objective is None else _of_objective(objective, run, x, t, step)
+    if not math.isfinite(loss): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
+    return loss
+
+def _of_objective(objective, run, x, t, step):
+    loss = objective(run, x, t, step)
+    loss.backward()
+    return loss.item()
+
+def _of_parts(forward, run, x, t, weight, recipe, team):
     total,loss = team.total(weight[t].sum()),0.
     parts = list(zip(x.chunk(recipe.accumulate), t.chunk(recipe.accumulate)))
     for i,(xs,ts) in enumerate(parts):
         with team.without_sum(forward) if i+1<len(parts) else nullcontext():
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision=='bfloat16'): logits = forward(xs)
-            part = F.cross_entropy(logits.float(), ts, weight, reduction='sum')/total
+            part = F.cross_entropy(run(xs).float(), ts, weight, reduction='sum')/total
             (part*team.n).backward()
         loss += part.detach()
-    loss = team.total(loss).item()
-    if not math.isfinite(loss): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
-    return loss
+    return team.total(loss).item()
 
-def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, team, extra=None):
+# %% ../nbs/03_finetune.ipynb #3529fdea
+def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, team, extra=None, objective=None):
     "One pass: mean loss, mean gradient norm before clipping, images per second."
     start,losses,norms,sizes,more = time.perf_counter(),[],[],[],[]
     params = [p for g in optimizer.param_groups for p in g['params']]
     for x,t in loader:
         optimizer.zero_grad()
-        losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe, team))
-        if extra: more.append(extra(schedule.last_epoch))
+        losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe, team, *((objective, schedule.last_epoch) if objective else ())))
+        more.append((dict(objective.parts) if objective else {})|(dict(extra_loss=extra(schedule.last_epoch)) if extra else {}))
         norm = nn.utils.clip_grad_norm_(params, recipe.clip) if recipe.clip else nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         norms.append(norm.item())
         optimizer.step(); schedule.step()
         sizes.append(len(t))
     sizes = np.sum(team.gather(sizes), axis=0)
-    return dict(train_loss=np.average(losses, weights=sizes), **(dict(extra_loss=pd.Series(more).mean()) if extra else {}), grad_norm=np.mean(norms),
+    return dict(train_loss=np.average(losses, weights=sizes), **pd.DataFrame(more).mean().to_dict(), grad_norm=np.mean(norms),
                 images_per_second=sizes.sum()/(time.perf_counter()-start))
 
 # %% ../nbs/03_finetune.ipynb #8f284bc7
@@ -240,11 +290,19 @@ class Trained:
     best:dict # the same after the best epoch on validation; empty where that is the last
     best_epoch:int # from 1
 
-def _training_key(groups, loader, recipe, seed, n, extra=None):
+# %% ../nbs/03_finetune.ipynb #966eb493
+def _check_objective(model, groups, recipe, team):
+    if team.n>1 or recipe.accumulate>1:
+        raise ValueError(f"an objective sees whole batches in one process, but there are {team.n} processes and batches in {recipe.accumulate} parts: train on one device, with accumulate=1")
+    own = {id(p) for p in model.parameters()}
+    if lost := sum(id(p) not in own for g in groups for p in g['params']): raise ValueError(f"{lost} trained tensors are not part of the model, so that a checkpoint would lose them: make them part of it")
+
+def _training_key(groups, loader, recipe, seed, n, extra=None, objective=None):
     "What a training depends on, in short."
     shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
     names = getattr(loader.dataset, 'names', len(loader.dataset))
     if extra: names = names,extra.names
+    if objective: names = names,type(objective).__qualname__ # its numbers are the recipe's
     return hashlib.sha256(repr((asdict(recipe), seed, shapes, names, n)).encode()).hexdigest()
 
 # %% ../nbs/03_finetune.ipynb #cc393dce
@@ -259,14 +317,16 @@ def train(
     train_mode=None, # called before each epoch; None: `model.train`
     folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for, and history.csv grows; None: nowhere
     extra=None, # a further loss: called with the step's number after each batch's gradients, adds its own, returns its value (nan: none); its `names` are the photographs it uses
+    objective=None, # in place of the loss of the classes: called with (model, images, labels, step), returns the loss of the batch; its `parts` are a dict of numbers for the history
 )->Trained:
     "Train for `recipe.epochs`, or until patience ends, and put the chosen epoch into the model."
     (training,validation),team = loaders,Team()
-    mine = team.share(training),team.share(validation, every=False)
-    weight,steps = weight.to(device),recipe.epochs*len(training)
     groups = [dict(g, params=list(g['params']), initial_lr=g['lr']) for g in groups]
     if extra and team.n>1: raise ValueError(f"a further loss is computed in one process, but this training is shared by {team.n}: train on one device")
-    key = _training_key(groups, training, recipe, seed, team.n, extra)
+    if objective: _check_objective(model, groups, recipe, team)
+    mine = team.share(training),team.share(validation, every=False)
+    weight,steps = weight.to(device),recipe.epochs*len(training)
+    key = _training_key(groups, training, recipe, seed, team.n, extra, objective)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     checkpoint = Checkpoint(Path(folder)/'checkpoint.safetensors', key) if folder else None
     forward = torch.compile(team.wrap(model)) if recipe.compiled else team.wrap(model)
@@ -279,7 +339,7 @@ def train(
         while len(rows)<recipe.epochs and not (recipe.patience and rows and len(rows)-best_epoch>=recipe.patience):
             (train_mode or model.train)()
             rates = {f"lr_{g.get('name', i)}":g['lr'] for i,g in enumerate(optimizer.param_groups)}
-            row = dict(epoch=len(rows)+1, **_train_epoch(forward, mine[0], optimizer, schedule, weight, recipe, device, team, extra), **rates)
+            row = dict(epoch=len(rows)+1, **_train_epoch(forward, mine[0], optimizer, schedule, weight, recipe, device, team, extra, objective), **rates)
             rows.append(row|_validate(model, mine[1], weight.cpu(), device, team))
             score = 'val_balanced_accuracy'
             if not best_epoch or rows[-1][score]>rows[best_epoch-1][score]: best,best_epoch = trained_tensors(model),len(rows)
@@ -374,10 +434,10 @@ class TrainData:
     def loader(self,
         part:str, # 'train', 'val', 'eval' or 'test'; the first two read prepared copies where there are any
         batch:int=32,
-        **kwargs, # of `image_loader`: augment, shuffle, seed
+        **kwargs, # of `image_loader`: augment, shuffle, seed, per_class
     )->DataLoader:
         names = getattr(self.split, part)
         return image_loader(self.churches, names, self.labels, self.size, self.geometry, batch=batch, workers=self.workers,
                             prepared=part in ('train','val'), **kwargs)
-    def loaders(self, recipe:Recipe, seed:int)->tuple: # training (shuffled, augmented if the recipe says so) and validation loader
-        return self.loader('train', recipe.batch, augment=recipe.augment, shuffle=True, seed=seed), self.loader('val', recipe.batch)
+    def loaders(self, recipe:Recipe, seed:int, per_class:int=0)->tuple: # training (shuffled or balanced, augmented if the recipe says so) and validation loader
+        return self.loader('train', recipe.batch, augment=recipe.augment, shuffle=True, seed=seed, per_class=per_class), self.loader('val', recipe.batch)

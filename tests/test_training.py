@@ -2,6 +2,7 @@
 import itertools, json, signal, subprocess, sys, time
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
@@ -11,7 +12,7 @@ from ssl_wikichurches.backbones import TINY, load_backbone
 from ssl_wikichurches.checkpoint import put_tensors, read_tensors, trained_tensors
 from ssl_wikichurches.devices import Team
 from ssl_wikichurches.experiments import TIERS, Study, run_study
-from ssl_wikichurches.finetune import Recipe, StyleModel, make_recipe, new_classifier, predict
+from ssl_wikichurches.finetune import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
 from ssl_wikichurches.finetune_full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
 from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear, logistic_probe, pooled_features
 from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora
@@ -136,6 +137,89 @@ def test_history_says_what_happened(data):
     assert (h.grad_norm>0).all() and (h.images_per_second>0).all() and np.isfinite(h).all().all()
     recalls = h[[c for c in h if c.startswith('val_recall_')]]
     assert np.allclose(recalls.mean(axis=1), h.val_balanced_accuracy)
+
+# ---- another loss, and balanced batches
+
+class Same:
+    "The loss of the classes, as an objective."
+    def __init__(self, weight): self.weight,self.steps = weight,[]
+    def __call__(self, model, x, t, step):
+        self.steps.append(step)
+        loss = F.cross_entropy(model(x).float(), t, self.weight, reduction='sum')/self.weight[t].sum()
+        self.parts = dict(of_classes=loss.item())
+        return loss
+
+def objective_fit(data, recipe, objective, folder=None, seed=0, more=()):
+    model = StyleModel(b := load_backbone('tiny-clip'), new_classifier(b.dim, seed))
+    groups = parameter_groups(model, recipe)+list(more)
+    trained = finetune.train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, folder=folder, objective=objective)
+    return trained.history,trained_tensors(model)
+
+@pytest.mark.parametrize('precision', ('float32','bfloat16'))
+def test_an_objective_that_is_the_loss_of_the_classes_changes_no_bit(data, precision):
+    recipe,objective = FullRecipe(epochs=2, lr=1e-3, precision=precision),Same(data.weight(FullRecipe()))
+    (plain,a),(replaced,b) = objective_fit(data, recipe, None),objective_fit(data, recipe, objective)
+    assert same(a, b) and objective.steps==list(range(6))
+    pd.testing.assert_frame_equal(numbers(plain), numbers(replaced).drop(columns='of_classes'), check_exact=True)
+    assert 'of_classes' not in plain and np.allclose(replaced.of_classes, replaced.train_loss, rtol=.05)
+
+def test_steps_of_an_objective_go_on_after_a_break(data, tmp_path, monkeypatch):
+    recipe,objective = FullRecipe(epochs=3),Same(data.weight(FullRecipe()))
+    whole = objective_fit(data, recipe, Same(objective.weight))[1]
+    with monkeypatch.context() as m:
+        killed_after(m, 4)
+        with pytest.raises(Killed): objective_fit(data, recipe, objective, tmp_path)
+    objective.steps.clear()
+    assert same(objective_fit(data, recipe, objective, tmp_path)[1], whole) and objective.steps==list(range(3, 9))
+    class Other(Same): pass
+    for o in (None, Other(objective.weight)):
+        with pytest.raises(ValueError, match='another training'): objective_fit(data, recipe, o, tmp_path)
+
+def test_what_an_objective_cannot_have(data, monkeypatch):
+    objective = Same(data.weight(FullRecipe()))
+    with pytest.raises(ValueError, match='accumulate=1'): objective_fit(data, FullRecipe(accumulate=2), objective)
+    lost = dict(params=[nn.Parameter(torch.zeros(2))], lr=1., name='lost')
+    with pytest.raises(ValueError, match='1 trained tensors are not part of the model'): objective_fit(data, FullRecipe(), objective, more=[lost])
+    class Two(Team):
+        def __init__(self): super().__init__(); self.n = 2
+    monkeypatch.setattr(finetune, 'Team', Two)
+    with pytest.raises(ValueError, match='2 processes'): objective_fit(data, FullRecipe(), objective)
+
+def test_an_objective_that_is_not_finite_stops(data):
+    class Bad(Same):
+        def __call__(self, *args): return super().__call__(*args)*float('nan')
+    with pytest.raises(FloatingPointError, match='learning rate'): objective_fit(data, FullRecipe(epochs=1), Bad(data.weight(FullRecipe())))
+
+@settings(max_examples=60, deadline=None)
+@given(counts=st.lists(st.integers(1, 60), min_size=4, max_size=4), batch=st.integers(1, 40), per_class=st.integers(1, 4), seed=st.integers(0, 99))
+def test_balanced_batches(counts, batch, per_class, seed):
+    y = np.random.default_rng(seed).permutation(np.repeat(range(4), counts)); n,steps = len(y),-(-len(y)//batch)
+    make = lambda: BalancedBatches(y, batch, torch.Generator().manual_seed(seed), per_class)
+    if n//steps<4*per_class:
+        with pytest.raises(ValueError, match='larger batches'): make()
+        return
+    order = make()
+    batches = list(order)
+    sizes,each = [len(b) for b in batches],[np.bincount(y[[i for i,_ in b]], minlength=4) for b in batches]
+    assert len(batches)==len(order)==steps and sum(sizes)==n and max(sizes)<=batch and max(sizes)-min(sizes)<=1
+    assert min(e.min() for e in each)>=per_class and (np.sum(each, axis=0)==order.places).all()
+    shown = np.bincount([i for b in batches for i,_ in b], minlength=n)
+    for c in range(4): assert np.ptp(shown[y==c])<=1 # no image of a class is shown twice more than another
+    enough = np.array(counts)>=per_class*steps
+    assert (order.places[enough]<=np.array(counts)[enough]).all() and (order.places[~enough]==per_class*steps).all()
+    assert enough.all()==(shown==1).all()
+    assert len({s for b in batches for _,s in b})==n and batches==list(make()) and (n<4 or list(order)!=batches)
+
+def test_balanced_photographs_follow_from_the_seed_and_not_from_workers(data):
+    recipe = FullRecipe(batch=26)
+    first = list(data.loaders(recipe, 3, 2)[0])
+    here = torch.get_rng_state()
+    for a,b in zip(first, replace(data, workers=2).loaders(recipe, 3, 2)[0]): assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert torch.equal(torch.get_rng_state(), here) and sum(len(t) for _,t in first)==len(data.split.train)
+    assert min(np.bincount(t, minlength=4).min() for _,t in first)>=2
+    assert not torch.equal(first[0][0], next(iter(data.loaders(recipe, 4, 2)[0]))[0])
+    with pytest.raises(ValueError, match='drawn'): data.loader('train', per_class=2)
+    with pytest.raises(ValueError, match='class 3'): finetune.class_places([3,3,3,0], 1, 1)
 
 # ---- modes
 

@@ -1,0 +1,340 @@
+"Core-tuning: losses against loops, hard pairs against brute force, what the published code does, and when it is full fine-tuning."
+import json, math
+from dataclasses import asdict, replace
+import numpy as np, pandas as pd, pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.nn import functional as F
+from timm_models import timm_model
+from ssl_wikichurches import core_tuning, finetune
+from ssl_wikichurches.backbones import load_backbone
+from ssl_wikichurches.core_tuning import (MIXES, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
+                                          mixed_set, mixing_draws, plain_loss, published_pairs, same_labels, soft_cross_entropy, supcon_loss)
+from ssl_wikichurches.finetune import TrainData, make_recipe, new_classifier, train
+from ssl_wikichurches.finetune_full import FullRecipe, fit_full, parameter_groups, restore_full
+
+TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
+def model(name): return timm_model(name) if name in TIMM else load_backbone(name)
+def sized(data, name): return replace(data, size=64 if name in TIMM else 96)
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+def numbers(history): return history.drop(columns='images_per_second')
+def some(n=12, d=7, seed=0, classes=4, dtype=torch.double):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=g, dtype=dtype),torch.randint(classes, (n,), generator=g)
+def pairs_of(t): return (t[:,None]==t)&~torch.eye(len(t), dtype=torch.bool)
+
+# ---- the contrastive loss
+
+def by_hand(v, labels, tau, focal=False, over_all=False):
+    "Anchor by anchor, pair by pair."
+    v,n = np.asarray(v, float),len(v)
+    losses = []
+    for i in range(n):
+        others = [k for k in range(n) if k!=i]
+        total = sum(math.exp(v[i]@v[k]/tau) for k in others)
+        mine = [j for j in others if np.abs(np.asarray(labels[j], float)-np.asarray(labels[i], float)).max()<1e-6]
+        if not mine: continue
+        p = [math.exp(v[i]@v[j]/tau)/total for j in mine]
+        losses.append(sum(-(1-q if focal else 1)*math.log(q) for q in p)/(n if over_all else len(mine)))
+    return sum(losses)/len(losses) if losses else 0.
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 14), tau=st.sampled_from((.07,.3,1.)), focal=st.booleans(), over_all=st.booleans())
+def test_loss_against_a_loop(seed, n, tau, focal, over_all):
+    v,t = some(n, seed=seed); v = F.normalize(v, dim=1)
+    want = by_hand(v.numpy(), t[:,None].numpy(), tau, focal, over_all)
+    assert supcon_loss(v, pairs_of(t), tau, focal, over_all).item()==pytest.approx(want, rel=1e-10, abs=1e-12)
+
+@pytest.mark.parametrize('focal', (False,True))
+def test_gradient_of_the_loss_by_finite_differences(focal):
+    z,t = some(8)
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: supcon_loss(F.normalize(z, dim=1), pairs_of(t), .3, focal), z, atol=1e-7)
+
+def test_the_focal_weight_has_a_gradient():
+    "As published, 1-p is not detached."
+    z,t = some(8)
+    def grad(weighted):
+        v = z.clone().requires_grad_(); u = F.normalize(v, dim=1)
+        if weighted: loss = supcon_loss(u, pairs_of(t), .5, focal=True)
+        else: # the weight as a constant
+            sim = (u@u.T/.5); logp = sim-sim.masked_fill(torch.eye(8, dtype=torch.bool), -torch.inf).logsumexp(1, keepdim=True)
+            terms = (-(1-logp.exp()).detach()*logp*pairs_of(t)).sum(1); count = pairs_of(t).sum(1)
+            loss = (terms/count.clamp(min=1))[count>0].mean()
+        loss.backward()
+        return v.grad
+    assert (grad(True)-grad(False)).abs().max()>1e-3
+
+@pytest.mark.parametrize('t', ([0],[0,1,2,3],[0,0,1,2,3],[0,0]))
+@pytest.mark.parametrize('focal', (False,True))
+def test_singleton_classes_are_finite(t, focal):
+    t = torch.tensor(t)
+    z,_ = some(len(t)); z.requires_grad_()
+    loss = supcon_loss(F.normalize(z, dim=1), pairs_of(t), .07, focal)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all() and (loss==0 if not pairs_of(t).any() else True)
+    with pytest.raises(ValueError, match='expected'): supcon_loss(z, torch.ones(1,2).bool())
+
+# ---- hard pairs
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 16))
+def test_hardest_pairs_by_brute_force(seed, n):
+    z,t = some(n, seed=seed, dtype=torch.float)
+    cos = np.array([[F.cosine_similarity(a, b, dim=0).item() for b in z] for a in z])
+    for i,(p,q) in enumerate(zip(*(v.tolist() for v in hardest_pairs(z, t)))):
+        mine,others = [j for j in range(n) if j!=i and t[j]==t[i]],[j for j in range(n) if t[j]!=t[i]]
+        assert (p==-1)==(not mine) and (q==-1)==(not others)
+        if mine: assert p!=i and t[p]==t[i] and cos[i,p]<=min(cos[i,j] for j in mine)+1e-6
+        if others: assert t[q]!=t[i] and cos[i,q]>=max(cos[i,j] for j in others)-1e-6
+
+def published(z, t):
+    "Quirk a, as numpy says it: zeros where a pair does not count, the first smallest; 0 becomes the anchor."
+    u = z.numpy()/np.linalg.norm(z.numpy(), axis=1, keepdims=True)
+    sim,t,n = u@u.T,t.numpy(),len(z)
+    pos,neg = [],[]
+    for i in range(n):
+        row = [sim[i,j] if t[i]==t[j] and i!=j else 0. for j in range(n)]
+        j = row.index(min(row)); pos.append(i if j==0 else j)
+        row = [sim[i,j] if t[i]!=t[j] else 0. for j in range(n)]
+        neg.append(row.index(max(row)))
+    return pos,neg
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 16), shift=st.sampled_from((0.,1.,3.)))
+def test_published_pairs(seed, n, shift):
+    z,t = some(n, seed=seed, dtype=torch.float); z = z+shift
+    assert tuple(v.tolist() for v in published_pairs(z, t))==published(z, t)
+
+def test_what_the_published_argmin_finds():
+    "Features that are all alike: never the hardest positive but by chance. Features around zero: as a rule it is found."
+    hits = {}
+    for shift in (0.,3.):
+        rows = []
+        for seed in range(20):
+            z,t = some(32, 64, seed, dtype=torch.float)
+            (right,_),(found,_) = hardest_pairs(z+shift, t),published_pairs(z+shift, t)
+            rows += [(int(f)==i, bool(t[f]!=t[i]), bool(f==r)) for i,(f,r) in enumerate(zip(found, right))]
+        hits[shift] = np.mean(rows, axis=0)
+    assert hits[0.][2]>.9 and hits[3.][0]>.6 and hits[3.][1]>.15 and hits[3.][2]<.05
+
+# ---- mixtures
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 16), alpha=st.sampled_from((.3,1.,4.)), faithful=st.booleans())
+def test_draws(seed, n, alpha, faithful):
+    _,t = some(n, seed=seed)
+    d = mixing_draws(t, np.random.default_rng(seed), alpha, faithful)
+    assert (d.semi>=torch.tensor(.8)).all() and (d.semi<=1).all() and (d.hard>=0).all() and (d.hard<=1).all()
+    if faithful: assert sorted(d.partner.tolist())==list(range(n))
+    else:
+        for i,j in enumerate(d.partner.tolist()): assert t[j]!=t[i] if j>=0 else (t==t[i]).all()
+
+def test_partners_are_drawn_evenly():
+    t = torch.tensor([0,1,1,1,0])
+    first = [mixing_draws(t, np.random.default_rng(s)).partner[0].item() for s in range(600)]
+    assert set(first)=={1,2,3} and min(first.count(j) for j in (1,2,3))>150
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 12), faithful=st.booleans())
+def test_the_set_against_a_loop(seed, n, faithful):
+    z,t = some(n, seed=seed, dtype=torch.float)
+    d = mixing_draws(t, np.random.default_rng(seed), 1., faithful)
+    zs,ys = mixed_set(z, t, d, 4, faithful)
+    pos,neg = published(z, t) if faithful else (v.tolist() for v in hardest_pairs(z, t))
+    one = np.eye(4)[t.numpy()]; z = z.numpy()
+    want = [(z[i],one[i]) for i in range(n)]
+    want += [tuple((1-s)*a[i]+s*a[j] for a in (z,one)) for i,(s,j) in enumerate(zip(d.semi.tolist(), d.partner.tolist())) if j>=0]
+    want += [tuple(h*a[p]+(1-h)*a[q] for a in (z,one)) for h,p,q in zip(d.hard.tolist(), pos, neg) if min(p, q)>=0]
+    assert len(zs)==len(want) and (len(zs)==3*n or not faithful)
+    np.testing.assert_allclose(zs, np.stack([w[0] for w in want]), atol=1e-5); np.testing.assert_allclose(ys, np.stack([w[1] for w in want]), atol=1e-6)
+    np.testing.assert_allclose(ys.sum(1), 1, atol=1e-6)
+
+def test_equal_labels():
+    y = torch.tensor([[1,0,0,0],[.3,.7,0,0],[.3,.7,0,0],[1-1e-4,1e-4,0,0],[1.,0,0,0]])
+    want = torch.zeros(5,5).bool(); want[0,4] = want[4,0] = want[1,2] = want[2,1] = True
+    assert torch.equal(same_labels(y), want)
+    assert torch.equal(same_labels(F.one_hot(torch.tensor([0,1,1,3]), 4).float()), pairs_of(torch.tensor([0,1,1,3])))
+    y = torch.tensor([[.5,.5,0,0],[0,.55,0,0],[0,0,0,1.],[1e-5,0,0,1]])
+    assert not same_labels(y).any() and same_labels(y, True)[0,1] and same_labels(y, True)[2,3] # quirk d: 1000.00001 is 1000 in single precision
+
+def test_cross_entropy_of_one_hot_labels():
+    z,t = some(20, 4, dtype=torch.float); w = torch.tensor([1.,2.,.5,3.])
+    y = F.one_hot(t, 4).float()
+    assert soft_cross_entropy(z, y, w).item()==pytest.approx(F.cross_entropy(z, t, w).item(), rel=1e-6)
+    soft = torch.softmax(torch.randn(20, 4, generator=torch.Generator().manual_seed(1)), 1)
+    assert soft_cross_entropy(z, soft, torch.ones(4)).item()==pytest.approx(-(soft*z.log_softmax(1)).sum(1).mean().item(), rel=1e-6) # the papers' mean
+
+# ---- the whole loss of a batch
+
+def toy(recipe, d=7, weight=None, seed=0): # (loss of features, model)
+    m = ContrastiveModel(nn.Identity(), new_classifier(d, seed), Projector(d, 5, seed)).double()
+    with torch.no_grad(): m.classifier.weight.mul_(100)
+    return CoreTuningLoss(m, recipe, torch.ones(4, dtype=torch.double) if weight is None else weight, seed),m
+
+def loss_of(z, t, recipe, step=0, **kw):
+    loss,m = toy(recipe, z.shape[1], **kw)
+    class Features:
+        def float(self): return z # keeps double precision
+    return loss(lambda x, features: Features(), z, t, step),loss,m
+
+def test_mixed_labels_that_are_pure_have_the_plain_loss_of_the_set(monkeypatch):
+    z,t = some(10); t[:8] = torch.arange(8)%4
+    ones = lambda t, rng, *a: MixingDraws(torch.ones(10, dtype=torch.double), torch.ones(10, dtype=torch.double), mixing_draws(t, rng).partner)
+    monkeypatch.setattr(core_tuning, 'mixing_draws', ones)
+    w = torch.tensor([1.,2.,.5,3.], dtype=torch.double)
+    loss,_,m = loss_of(z, t, CoreTuningRecipe(eta=0.), weight=w)
+    zs,ys = mixed_set(z, t, ones(t, np.random.default_rng((0,0))), 4)
+    torch.testing.assert_close(loss, F.cross_entropy(m.classifier(zs), ys.argmax(1), w))
+
+@pytest.mark.parametrize('mix', MIXES)
+@pytest.mark.parametrize('faithful', (False,True))
+def test_the_loss_by_hand(mix, faithful):
+    z,t = some(9, seed=3); t[:4] = torch.arange(4)
+    r = CoreTuningRecipe(eta=.7, mix=mix, faithful=faithful, tau=.2)
+    loss,made,m = loss_of(z, t, r, step=5)
+    draws = mixing_draws(t, np.random.default_rng((0,5)), 1., faithful)
+    zs,ys = mixed_set(z, t, draws, 4, faithful); y = F.one_hot(t, 4).double()
+    a,b = [(zs,ys) if mix in ('both',k) else (z,y) for k in ('classes','contrast')]
+    classes = -(a[1]*m.classifier(a[0]).log_softmax(1)).sum(1).mean()
+    contrast = by_hand(m.projector(b[0]).detach().numpy(), b[1].numpy(), .2, True, faithful)
+    assert loss.item()==pytest.approx(classes.item()+.7*contrast, rel=1e-6)
+    assert made.parts==pytest.approx(dict(class_loss=classes.item(), contrast_loss=contrast), rel=1e-6)
+
+def test_originals_reach_the_backbone_and_in_the_published_code_do_not():
+    "Quirk b: the gradient of each feature, and what is left of it if the features themselves are detached."
+    z,t = some(8); t[:] = torch.arange(8)%4
+    def grad(r):
+        x = z.clone().requires_grad_(); loss_of(x, t, r)[0].backward(); return x.grad
+    assert (grad(CoreTuningRecipe()).norm(dim=1)>1e-4).all()
+    x = z.clone().requires_grad_()
+    draws = mixing_draws(t, np.random.default_rng((0,0)), 1., True)
+    zs,ys = mixed_set(x, t, draws, 4, True)
+    zs[:8].sum().backward(retain_graph=True); assert (x.grad==0).all() # published: nothing from the features themselves
+    zs,_ = mixed_set(x, t, mixing_draws(t, np.random.default_rng(0)), 4)
+    zs[:8].sum().backward(); assert (x.grad==1).all()
+    x = z.clone().requires_grad_() # with pairs that no one mixes with: alone[0] enters nowhere but as itself
+    alone = MixingDraws(torch.zeros(8).double(), torch.ones(8).double(), torch.tensor([1,2,3,4,5,6,7,1]))
+    zs,_ = mixed_set(x, t, alone, 4, True); p,n = published_pairs(x, t)
+    zs.square().sum().backward()
+    assert ((x.grad[0]==0).all())==(0 not in n.tolist())
+
+def permuted(d, order):
+    where = torch.argsort(order)
+    return MixingDraws(d.hard[order], d.semi[order], where[d.partner[order]])
+
+@pytest.mark.parametrize('mix', MIXES)
+def test_order_of_batch_and_names_of_classes_do_not_matter(mix, monkeypatch):
+    z,t = some(12, seed=4); t[:] = torch.arange(12)%4
+    d = mixing_draws(t, np.random.default_rng(1))
+    r = CoreTuningRecipe(mix=mix, eta=1.)
+    monkeypatch.setattr(core_tuning, 'mixing_draws', lambda *a: d)
+    want = loss_of(z, t, r)[0].item()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(core_tuning, 'mixing_draws', lambda *a: permuted(d, order))
+    assert loss_of(z[order], t[order], r)[0].item()==pytest.approx(want, rel=1e-6)
+    monkeypatch.setattr(core_tuning, 'mixing_draws', lambda *a: d)
+    name = torch.tensor([2,0,3,1])
+    loss,m = toy(r)
+    with torch.no_grad(): # row c of the classifier goes where class c goes
+        m.classifier.weight.copy_(m.classifier.weight[torch.argsort(name)])
+    class Features:
+        def float(self): return z
+    assert loss(lambda x, features: Features(), z, name[t], 0).item()==pytest.approx(want, rel=1e-6)
+
+@pytest.mark.parametrize('faithful', (False,True))
+@pytest.mark.parametrize('t', ([0,1,2,3],[0,0,0,0],[0,0,0,1],[2]))
+def test_odd_batches_are_finite(t, faithful):
+    t = torch.tensor(t); z,_ = some(len(t)); z.requires_grad_()
+    loss,_,_ = loss_of(z, t, CoreTuningRecipe(faithful=faithful))
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+
+# ---- training
+
+SHORT = dict(epochs=2, batch=30, lr=1e-3, backbone_lr=1e-4)
+
+@pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip',*TIMM))
+def test_without_its_terms_it_is_full_fine_tuning_bit_for_bit(data, name):
+    data = sized(data, name)
+    full = fit_full(model(name), data, FullRecipe(**SHORT, drop_path=.1), 3)
+    off = fit_core_tuning(model(name), data, CoreTuningRecipe(**SHORT, drop_path=.1, eta=0., mix='none', per_class=0), 3)
+    assert same(full.state, off.state) and same(full.other, off.other)
+    pd.testing.assert_frame_equal(numbers(full.history), numbers(off.history).drop(columns='class_loss'), check_exact=True)
+
+def test_without_its_terms_it_is_the_plain_loop_on_the_same_balanced_batches(data):
+    recipe = CoreTuningRecipe(**SHORT, eta=0., mix='none')
+    off = fit_core_tuning(load_backbone('tiny-clip'), data, recipe, 3)
+    m = finetune.StyleModel(load_backbone('tiny-clip'), new_classifier(96, 3))
+    loaders = data.loaders(recipe, 3, 2)
+    train(m, parameter_groups(m, recipe), loaders, drawn_weight(data, loaders[0], recipe), recipe, 3)
+    assert same({f'backbone.{k}':v for k,v in m.backbone.state_dict().items()}|finetune.classifier_state(m.classifier), off.state)
+
+@pytest.mark.parametrize('name,more', [('tiny-clip',{}), ('tiny-siglip',dict(faithful=True)), ('tiny-dinov3',dict(mix='classes',focal=False)), ('tiny-clip',dict(precision='bfloat16')), *[(n,{}) for n in TIMM]])
+def test_training_is_stored_as_full_fine_tuning_is(data, name, more):
+    data = sized(data, name)
+    recipe = CoreTuningRecipe(**SHORT, **more)
+    f = fit_core_tuning(model(name), data, recipe, 1)
+    full = fit_full(model(name), data, FullRecipe(**SHORT|dict(epochs=1)))
+    assert {k:v.shape for k,v in f.state.items()}=={k:v.shape for k,v in full.state.items()} # no projector
+    again = restore_full(model(name), recipe, f.state)
+    x = torch.rand(2, 3, data.size, data.size)
+    with torch.no_grad(): assert torch.equal(again(x), f.backbone(x))
+    assert torch.equal(finetune.load_classifier(f.state).weight, f.classifier.weight)
+    assert (f.state['classifier.bias']==0).all()==recipe.faithful # the published classifier has none
+    assert np.isfinite(numbers(f.history)).all().all() and {'class_loss','contrast_loss'}<={*f.history}
+    width = f.backbone.dim
+    assert f.n_trainable==full.n_trainable+width*width+width+256*width+256-4*recipe.faithful
+
+def test_a_step_of_length_zero_moves_nothing(data):
+    f = fit_core_tuning(load_backbone('tiny-clip'), data, CoreTuningRecipe(**SHORT|dict(epochs=1, lr=0., backbone_lr=0.)))
+    fresh = load_backbone('tiny-clip').state_dict()
+    assert all(torch.equal(v, fresh[k]) for k,v in f.backbone.state_dict().items())
+
+def test_the_same_seed_and_a_killed_training_end_with_the_same_bits(data, tmp_path, monkeypatch):
+    recipe = CoreTuningRecipe(**SHORT)
+    fit = lambda folder, seed=5: fit_core_tuning(load_backbone('tiny-clip'), data, recipe, seed, 'cpu', folder)
+    whole = fit(None)
+    assert same(fit(None).state, whole.state) and not same(fit(None, 6).state, whole.state)
+    class Killed(Exception): pass
+    real,steps = finetune._backward,iter(range(100))
+    def step(*args):
+        if next(steps)==4: raise Killed
+        return real(*args)
+    with monkeypatch.context() as m:
+        m.setattr(finetune, '_backward', step)
+        with pytest.raises(Killed): fit(tmp_path)
+    kept = finetune.Checkpoint(tmp_path/'checkpoint.safetensors', '').path
+    from ssl_wikichurches.checkpoint import read_tensors
+    assert any('projector' in k for k in read_tensors(kept)[0]) # it is in the checkpoint, and not in what is stored
+    again = fit(tmp_path)
+    assert same(again.state, whole.state) and not any('projector' in k for k in again.state)
+    pd.testing.assert_frame_equal(numbers(again.history), numbers(whole.history), check_exact=True)
+    for other in (replace(recipe, tau=.1), replace(recipe, per_class=0), replace(recipe, faithful=True)):
+        with pytest.raises(ValueError, match='another training'): fit_core_tuning(load_backbone('tiny-clip'), data, other, 5, 'cpu', tmp_path)
+
+def test_weights_are_those_of_what_is_drawn(data):
+    r = CoreTuningRecipe(batch=30)
+    loader = data.loaders(r, 0, 3)[0]
+    t = torch.cat([t for _,t in loader])
+    w = drawn_weight(data, loader, r)
+    assert w[t].mean().item()==pytest.approx(1, abs=1e-6) and len({round((w[c]*(t==c).sum()).item(), 3) for c in range(4)})==1
+    assert torch.equal(drawn_weight(data, loader, replace(r, class_weights='none')), torch.ones(4))
+    assert torch.equal(drawn_weight(data, data.loaders(r, 0)[0], replace(r, per_class=0)), data.weight(r))
+
+def test_recipe():
+    r = CoreTuningRecipe(eta=1., mix='contrast', per_class=3)
+    assert CoreTuningRecipe(**json.loads(json.dumps(asdict(r))))==r and make_recipe(CoreTuningRecipe, eta=1, mix='contrast', per_class=3)==r
+    assert CoreTuningRecipe().eta==.1
+    for bad in (dict(eta=-1.), dict(tau=0.), dict(dim=0), dict(per_class=-1), dict(mix='all'), dict(mix_alpha=0.), dict(accumulate=2)):
+        with pytest.raises(ValueError): CoreTuningRecipe(**bad)
+
+def test_batches_too_small_for_the_classes_are_refused(data):
+    with pytest.raises(ValueError, match='larger batches'): fit_core_tuning(load_backbone('tiny-clip'), data, CoreTuningRecipe(batch=6, epochs=1))
+
+def test_several_processes_are_refused(data, monkeypatch):
+    class Two(finetune.Team):
+        def __init__(self): super().__init__(); self.n = 2
+    monkeypatch.setattr(finetune, 'Team', Two)
+    with pytest.raises(ValueError, match='one device'): fit_core_tuning(load_backbone('tiny-clip'), data, CoreTuningRecipe(epochs=1))
