@@ -141,7 +141,7 @@ def check_crossfit(
     if both := sorted({*churches.loc[list(supervised)]}&{*churches.loc[list(measured)]}):
         raise ValueError(f"cross-fitting leaks: church {both[0]} is supervised and measured ({len(both)} in all); divide by church, with `crossfit_folds`")
 
-# %% ../nbs/04_attn_supervised.ipynb #9a29e322
+# %% ../nbs/04_attn_supervised.ipynb #ff824737
 def same_owner(
     churches:pd.Series, # church by image
     copies:pd.DataFrame, # columns image, copy_of (`near_duplicates`)
@@ -189,7 +189,7 @@ def boxed_batches(
     return DataLoader(SeededPhotographs(items), batch_sampler=BoxedOrder(len(items), batch, seed, start), collate_fn=_images_and_boxes,
                       num_workers=data.workers, generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/04_attn_supervised.ipynb #3c037d46
+# %% ../nbs/04_attn_supervised.ipynb #0062637d
 BOXES = ('own','same_style','shuffled','prior')
 
 def box_donors(
@@ -206,7 +206,7 @@ def box_donors(
         if 2*g.church.value_counts().max()>len(g): raise ValueError(f"of {len(g)} supervised images{f' of class {s}' if boxes=='same_style' else ''} more than half are of one church, so boxes cannot be exchanged: take more folds, or another control")
     return {n:g.index[k] for _,g in table.groupby('style') for n,k in zip(g.index, derangement(len(g), [*g.church], seed))}
 
-# %% ../nbs/04_attn_supervised.ipynb #037495c4
+# %% ../nbs/04_attn_supervised.ipynb #c39458dc
 def prior_mask(
     masks:torch.Tensor, # (n, s, s) bool: the union of each image's boxes
 )->torch.Tensor: # (s, s) bool; of equal pixels the first ones

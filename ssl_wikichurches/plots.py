@@ -202,7 +202,7 @@ def grid_plot(
     if bar: ax.figure.colorbar(image, ax=ax, shrink=.9).set_label(bar, fontsize=8)
     return ax
 
-# %% ../nbs/02c_plots.ipynb #d29b6302
+# %% ../nbs/02c_plots.ipynb #398b5929
 CONTROL_MARKERS = dict(same_style='v', shuffled='x', prior='s')
 
 def _bars(ax, x, rows, value, low, high, color, **how):
@@ -212,26 +212,25 @@ def _bars(ax, x, rows, value, low, high, color, **how):
 
 def price_plot(
     table:pd.DataFrame, # columns model, boxes, weight, shift, low, high, in_fold, accuracy_change, change_low, change_high (`supervised_table`)
-    axs:list=None, # two axes
-    ylabel:str='shift of IoU at the 90th percentile',
-)->list: # the two axes
-    "Shift and change of accuracy against the weight of attention supervision."
+    axs:np.ndarray=None, # (models, 2) axes
+    ylabel:str='shift of IoU@90',
+)->np.ndarray: # the axes
+    "Shift and change of accuracy against the weight of attention supervision, a row for each model."
     _needs(table, 'model', 'boxes', 'weight', 'shift', 'low', 'high', 'in_fold', 'accuracy_change', 'change_low', 'change_high')
-    axs = plt.subplots(1, 2, figsize=(9.6,2.9), dpi=80, layout='constrained')[1] if axs is None else axs
-    weights = sorted(table.weight.unique())
-    for k,(model,rows) in enumerate(table.groupby('model', sort=False)):
-        color,place = model_color(model),lambda d, more=0: d.weight.map(weights.index)+.08*k+more
-        curve = rows[rows.boxes.isin(('none','own'))].sort_values('weight')
-        own = curve[curve.boxes=='own']
-        _bars(axs[0], place(curve), curve, 'shift', 'low', 'high', color, marker='o', label=f'{model}, out of fold')
-        axs[0].plot(place(own), own.in_fold, color=color, lw=1, ls=':', marker='^', ms=4, mfc='white', label=f'{model}, in fold (upper bound)')
+    groups,weights = [*table.groupby('model', sort=False)],sorted(table.weight.unique())
+    axs = plt.subplots(len(groups), 2, figsize=(8.6,.5+2.1*len(groups)), dpi=80, layout='constrained', squeeze=False, sharey='col')[1] if axs is None else axs
+    for (left,right),(model,rows) in zip(axs, groups):
+        color,place = model_color(model),lambda d, more=0: d.weight.map(weights.index)+more
+        own,curve = (rows[rows.boxes.isin(b)].sort_values('weight') for b in (('own',), ('none','own')))
+        _bars(left, place(curve), curve, 'shift', 'low', 'high', color, marker='o', label='out of fold')
+        left.plot(place(own), own.in_fold, color=color, lw=1, ls=':', marker='^', ms=4, mfc='white', label='in fold (upper bound)')
         for j,(boxes,mark) in enumerate(CONTROL_MARKERS.items()):
             d = rows[rows.boxes==boxes]
-            if len(d): _bars(axs[0], place(d, .16*(j+1)), d, 'shift', 'low', 'high', color, marker=mark, ls='', label=f'{model}, {boxes} boxes'.replace('_', ' '))
-        _bars(axs[1], place(own), own, 'accuracy_change', 'change_low', 'change_high', color, marker='o', label=model)
-    for ax in axs:
-        ax.axhline(0, color='k', lw=.8, zorder=0)
-        ax.set_xticks(range(len(weights)), [f'{w:g}' for w in weights], fontsize=8); ax.set_xlabel('weight of the attention loss (0: full)', fontsize=9)
-    axs[0].set_ylabel(ylabel, fontsize=9); axs[1].set_ylabel('accuracy minus that of full', fontsize=9)
-    axs[1].legend(*axs[0].get_legend_handles_labels(), fontsize=6.5, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+            if len(d): _bars(left, place(d, .15*(j+1)), d, 'shift', 'low', 'high', 'gray', marker=mark, ls='', label=f'{boxes} boxes'.replace('_', ' '))
+        _bars(right, place(own), own, 'accuracy_change', 'change_low', 'change_high', color, marker='o')
+        for ax,text in ((left,ylabel), (right,'accuracy minus that of full')):
+            ax.axhline(0, color='k', lw=.8, zorder=0); ax.set_ylabel(text, fontsize=8); ax.set_xlim(-.3, len(weights)-.5)
+            ax.set_xticks(range(len(weights)), [f'{w:g}' for w in weights], fontsize=8); ax.set_title(model, fontsize=9)
+        right.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    for ax in axs[-1]: ax.set_xlabel('weight of the attention loss (0: full)', fontsize=8)
     return axs

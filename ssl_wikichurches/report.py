@@ -190,10 +190,10 @@ def _taught(root, metric):
     "What is reported of the tiers that used boxes; nothing without such a tier."
     table = supervised_table(root, metric)
     if table.empty: return {}
-    fig = Figure(figsize=(10,3.4), dpi=90, layout='constrained')
-    price_plot(table, fig.subplots(1, 2), f'shift of {metric}')
+    fig = Figure(figsize=(9.6,.5+2.4*(k := table.model.nunique())), dpi=90, layout='constrained')
+    price_plot(table, fig.subplots(k, 2, squeeze=False, sharey='col'), f'shift of {metric}')
     show = lambda t: _html(t.round(4), index=False, na_rep='')
-    return dict(price=_embed(fig), boxed=show(table.drop(columns='metric')), boxed_contrasts=show(supervision_contrasts(root, metric)))
+    return dict(price=_embed(fig), boxed=show(table.drop(columns=['metric','kind','t'])), boxed_contrasts=show(supervision_contrasts(root, metric)))
 
 def _starred(table, row, columns, value, p):
     "A number for each pair, with a star where p is below .05; rows and columns as they come."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE', 'boxed_runs', 'supervised_scores', 'supervised_table', 'supervision_contrasts']
 
-# %% ../nbs/06_supervision.ipynb #1b469e88
+# %% ../nbs/06_supervision.ipynb #2b8b1b8a
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -14,11 +14,11 @@ from .attn_supervised import AttnSupervisedRecipe, check_crossfit
 from .data import church_id
 from .finetune import classification_scores
 from .inference import clustered_shift
-from .iou_stats import bca_interval, holm, paired_shift
+from .iou_stats import bca_interval, by_church, holm, paired_shift
 from .metrics import PRIMARY
 from .results import _scores, complete_runs, study_scores
 
-# %% ../nbs/06_supervision.ipynb #bdda22bb
+# %% ../nbs/06_supervision.ipynb #efaf63b3
 def _told(runs):
     "Refuse folds that do not divide the measured images by church."
     r = runs.iloc[0]
@@ -39,7 +39,7 @@ def boxed_runs(
     for _,g in runs.groupby(['model','tier','seed']): _told(g)
     return runs
 
-# %% ../nbs/06_supervision.ipynb #fe3e1b92
+# %% ../nbs/06_supervision.ipynb #6e67c77c
 def supervised_scores(
     root:str|os.PathLike, # folder of a study
     metric:str=PRIMARY, # one of the metrics in metrics.parquet
@@ -57,7 +57,7 @@ def supervised_scores(
     if not parts: return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True).assign(church=lambda d: d.image.map(church_id))[columns]
 
-# %% ../nbs/06_supervision.ipynb #33e5e7f4
+# %% ../nbs/06_supervision.ipynb #f02823eb
 def _answers(runs):
     "image -> label and predicted class, of the evaluation images that a run did not see boxes of."
     parts = []
@@ -72,20 +72,27 @@ def _right(answers): # share of seeds that name a church right
 
 def _accuracy(answers): return pd.DataFrame([classification_scores(d.label.to_numpy(), d.predicted.to_numpy()) for _,d in answers.groupby('seed')]).mean().to_dict()
 
-# %% ../nbs/06_supervision.ipynb #025a4be4
+# %% ../nbs/06_supervision.ipynb #c0c6680e
 TABLE = ['model','tier','metric','boxes','weight','kind','n','folds','seeds','before','after','shift','low','high','t','p','p_holm','in_fold','in_low','in_high',
          'accuracy','balanced_accuracy','accuracy_change','change_low','change_high','note']
 
 def _by_church(scores): return scores.groupby(['church','image'])[['before','after','in_fold','fold']].mean().groupby('church').mean()
 
-def _full_rows(root, metric, models):
-    scores,runs = study_scores(root, metric),complete_runs(root)
-    for m in models:
-        d = scores.query("model==@m and tier=='full'")
-        g,r = d.groupby(['church','image'])[['before','after']].mean().groupby('church').mean(),paired_shift
-        found = r(g.before, g.after)
-        yield dict(model=m, tier='full', boxes='none', weight=0., seeds=d.seed.nunique(), **{k:found[k] for k in ('n','before','after','shift','low','high','t','p')},
-                   **_accuracy(_answers(runs.query("model==@m and tier=='full'"))), note='no boxes: interval over churches')
+def _full_scores(root, metric):
+    "Scores of full fine-tuning; none while no such run is complete."
+    try: return study_scores(root, metric).query("tier=='full'")
+    except FileNotFoundError: return pd.DataFrame(columns=['model','church','image','before','after'])
+
+def _full_row(scores, answers):
+    g = by_church(scores)
+    found = paired_shift(g.before, g.after)
+    return dict(tier='full', boxes='none', weight=0., seeds=scores.seed.nunique(), **{k:found[k] for k in ('n','before','after','shift','low','high','t','p')}, **_accuracy(answers), note='no boxes: interval over churches')
+
+def _change(full, own, fold):
+    "Change of accuracy, church by church, clustered by fold."
+    r = pd.DataFrame(dict(full=_right(full), own=_right(own))).join(fold, how='inner')
+    c = clustered_shift(r.full, r.own, r.fold)
+    return dict(accuracy_change=c['shift'], change_low=c['low'], change_high=c['high'])
 
 def supervised_table(
     root:str|os.PathLike, # folder of a study
@@ -94,22 +101,20 @@ def supervised_table(
     "What tiers that used boxes did to attention and to accuracy, beside full fine-tuning."
     scores,runs = supervised_scores(root, metric),boxed_runs(root)
     if scores.empty: return pd.DataFrame(columns=TABLE)
-    plain = complete_runs(root).query("tier=='full'")
-    rows = [*_full_rows(root, metric, [m for m in scores.model.unique() if m in {*plain.model}])]
-    for (model,tier),s in scores.groupby(['model','tier'], sort=False):
-        g,mine = _by_church(s),runs.query('model==@model and tier==@tier')
-        found,(low,high) = clustered_shift(g.before, g.after, g.fold),bca_interval(g.in_fold-g.before)
-        row = dict(model=model, tier=tier, **mine.iloc[0][['boxes','weight','kind']], folds=found['clusters'], seeds=s.seed.nunique(), **{k:found[k] for k in ('n','before','after','shift','low','high','t','p','note')},
-                   in_fold=(g.in_fold-g.before).mean(), in_low=float(low), in_high=float(high), **_accuracy(_answers(mine)))
-        if len(full := plain[plain.model==model]):
-            r = pd.DataFrame(dict(full=_right(_answers(full)), own=_right(_answers(mine)))).join(g.fold, how='inner')
-            c = clustered_shift(r.full, r.own, r.fold)
-            row |= dict(accuracy_change=c['shift'], change_low=c['low'], change_high=c['high'])
-        rows.append(row)
+    plain,full,rows = complete_runs(root).query("tier=='full'"),_full_scores(root, metric),[]
+    for model,of_model in scores.groupby('model', sort=False):
+        answers = _answers(plain[plain.model==model]) if (known := model in {*full.model}) else None
+        if known: rows.append(dict(model=model)|_full_row(full[full.model==model], answers))
+        for tier,s in of_model.groupby('tier', sort=False):
+            g,mine = _by_church(s),runs.query('model==@model and tier==@tier')
+            found,(low,high),own = clustered_shift(g.before, g.after, g.fold),bca_interval(g.in_fold-g.before),_answers(mine)
+            row = dict(model=model, tier=tier, **mine.iloc[0][['boxes','weight','kind']], folds=found['clusters'], seeds=s.seed.nunique(), **{k:found[k] for k in ('n','before','after','shift','low','high','t','p','note')},
+                       in_fold=(g.in_fold-g.before).mean(), in_low=float(low), in_high=float(high), **_accuracy(own))
+            rows.append(row|(_change(answers, own, g.fold) if known else {}))
     table = pd.DataFrame(rows).assign(metric=metric).reindex(columns=TABLE)
-    return table.assign(p_holm=holm(table.p.where(table.boxes=='own'))).sort_values('model', key=lambda c: c.map({m:i for i,m in enumerate(scores.model.unique())}), kind='stable', ignore_index=True)
+    return table.assign(p_holm=holm(table.p.where(table.boxes=='own')))
 
-# %% ../nbs/06_supervision.ipynb #8d65ce9b
+# %% ../nbs/06_supervision.ipynb #a94e90c0
 def _same_but_boxes(a, b): return all(a[f.name]==b[f.name] for f in fields(AttnSupervisedRecipe) if f.name not in ('boxes','fold'))
 
 def supervision_contrasts(
@@ -118,11 +123,11 @@ def supervision_contrasts(
 )->pd.DataFrame: # model, tier, minus, n, folds, difference, low, high, t, p, p_holm, note; may be empty
     "Own boxes against no boxes, against boxes that say less, and in fold against out of fold; Holm over all rows."
     scores,runs,rows = supervised_scores(root, metric),boxed_runs(root),[]
-    plain = study_scores(root, metric).query("tier=='full'") if len(scores) else scores
+    plain = _full_scores(root, metric)
     for model,s in scores.groupby('model', sort=False):
         church = {t:_by_church(g) for t,g in s.groupby('tier', sort=False)}
         recipe = {t:g.recipe.iloc[0] for t,g in runs[runs.model==model].groupby('tier', sort=False)}
-        full = plain[plain.model==model].groupby(['church','image']).after.mean().groupby('church').mean()
+        full = by_church(plain[plain.model==model]).after if model in {*plain.model} else []
         for own in [t for t in church if recipe[t]['boxes']=='own']:
             g = church[own]
             pairs = [(own, c, g.after, church[c].after) for c in church if recipe[c]['boxes']!='own' and _same_but_boxes(recipe[own], recipe[c])]

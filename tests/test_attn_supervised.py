@@ -11,7 +11,8 @@ from ssl_wikichurches.attn_supervised import (BOXES, KINDS, AttentionTerm, AttnS
                                               crossfit_parts, fit_attn_supervised, prior_mask, pull_loss, same_owner, stay_loss, supervised_maps, union_masks, weight_at)
 from ssl_wikichurches.backbones import attention_projections, load_backbone
 from ssl_wikichurches.data import ChurchDataset, eval_transform
-from ssl_wikichurches.finetune import make_recipe
+from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.finetune import TrainData, make_recipe
 from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
 from ssl_wikichurches.splits import make_split
 
@@ -450,3 +451,20 @@ def test_several_processes_are_refused(data, monkeypatch):
         def share(self, loader, every=True): return loader
     monkeypatch.setattr(finetune, 'Team', Two)
     with pytest.raises(ValueError, match='one process'): fit_attn_supervised(load_backbone('tiny-clip'), data, AttnSupervisedRecipe(folds=2))
+
+def test_real_photographs_are_pulled_in_fold(real):
+    "A real ViT-Tiny and some steps: its maps move into the boxes that it is given, and folds leave out whole buildings."
+    churches = load_churches(str(real/'photos'))
+    split = make_split(churches)
+    backbone = load_backbone(f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}", size=96)
+    data = TrainData(churches, replace(split, train=split.train[::30], val=split.val[:8]), 96)
+    recipe = AttnSupervisedRecipe(epochs=4, batch=8, ratio=1., lr=1e-3, backbone_lr=1e-4, folds=3, augment=False)
+    supervised,held = crossfit_parts(data, recipe)
+    owner = churches.images.church
+    assert len(held)>=15 and not {*owner.loc[list(supervised)]}&{*owner.loc[list(held)]}
+    items = ChurchDataset(churches, supervised, eval_transform(96))
+    x,boxes = torch.stack([i['image'] for i in items]),[i['boxes'] for i in items]
+    before = boxes_loss(pooled_maps(backbone, x)[:,-1:], boxes, 96).item()
+    fitted = fit_attn_supervised(backbone, data, recipe)
+    after = boxes_loss(pooled_maps(fitted.backbone, x)[:,-1:], boxes, 96).item()
+    assert fitted.held_out==held and after<.8*before and fitted.history.extra_loss.iloc[-1]<fitted.history.extra_loss.iloc[0]

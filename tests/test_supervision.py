@@ -156,6 +156,11 @@ def test_an_incomplete_set_of_folds_waits_and_a_wrong_one_is_refused(root):
     (folder/'run.json').write_text(json.dumps(told|dict(held_out=moved)))
     with pytest.raises(ValueError, match='expected each once'): boxed_runs(root)
 
+def test_without_full_there_is_no_comparison_yet(root):
+    for f in root.glob('*-full-*'): (f/'run.json').unlink()
+    table,found = supervised_table(root),supervision_contrasts(root)
+    assert {*table.tier}=={'attn_supervised','attn_supervised-prior'} and table.accuracy_change.isna().all() and 'full' not in {*found.minus} and len(found)==4
+
 def test_a_leak_between_folders_is_refused(root, monkeypatch):
     "Two photographs whose church is said to be one, in different folds."
     monkeypatch.setattr('ssl_wikichurches.supervision.church_id', lambda n: 'Q1')
