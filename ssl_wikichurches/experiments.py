@@ -20,7 +20,10 @@ from tqdm import tqdm
 from .atomic import available_cores, worker_pool, write_file, write_json
 from .attn_supervised import AttnSupervisedRecipe, fit_attn_supervised
 from .backbones import Backbone, load_backbone
+from .block_expansion import BlockExpansionRecipe, fit_block_expansion, restore_block_expansion
 from .checkpoint import read_tensors, write_tensors
+from .coin import CoinRecipe, fit_coin
+from .core_tuning import CoreTuningRecipe, fit_core_tuning
 from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, church_id, eval_transform
 from .devices import Team, launch
 from .download import load_churches
@@ -31,6 +34,7 @@ from .finetune_lp_ft import LpFtRecipe, fit_lp_ft
 from .finetune_lora import LoraRecipe, fit_lora, restore_lora
 from .maps import StoredMaps, compute_maps, join_maps, save_maps
 from .scores import score_maps
+from .semi_supervised import SemiSupervisedRecipe, fit_semi_supervised
 from .splits import LABELS, Split, NO_PAIRS, class_labels, evaluation_split, load_split, make_split, save_split, study_split
 
 # %% ../nbs/06_experiments.ipynb #d320db4a
@@ -44,8 +48,11 @@ class Tier:
     shared:bool=True # several processes can share a training
 
 TIERS = {'linear':Tier(LinearRecipe, fit_linear, restore_linear, shared=False), 'lora':Tier(LoraRecipe, fit_lora, restore_lora),
-         'full':Tier(FullRecipe, fit_full, restore_full), 'lp_ft':Tier(LpFtRecipe, fit_lp_ft, restore_full),
-         'attn_supervised':Tier(AttnSupervisedRecipe, fit_attn_supervised, restore_full, like='full', shared=False)}
+         'full':Tier(FullRecipe, fit_full, restore_full), 'lp_ft':Tier(LpFtRecipe, fit_lp_ft, restore_full, like='full'),
+         'attn_supervised':Tier(AttnSupervisedRecipe, fit_attn_supervised, restore_full, like='full', shared=False),
+         'core_tuning':Tier(CoreTuningRecipe, fit_core_tuning, restore_full, like='full', shared=False), 'coin':Tier(CoinRecipe, fit_coin, restore_full, like='full', shared=False),
+         'semi_supervised':Tier(SemiSupervisedRecipe, fit_semi_supervised, restore_full, like='full', shared=False),
+         'block_expansion':Tier(BlockExpansionRecipe, fit_block_expansion, restore_block_expansion)}
 
 _NAME = re.compile(r'\w[\w.-]*') # of a folder: no path in it, not hidden
 

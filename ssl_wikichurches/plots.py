@@ -19,7 +19,7 @@ from .metrics import upsample
 # %% ../nbs/02c_plots.ipynb #33675646
 MODEL_COLORS = dict(dinov2='#0072B2', dinov3='#56B4E9', mae='#009E73', clip='#E69F00', siglip='#D55E00', siglip2='#CC79A7',
                     supervised='#000000')
-TIER_MARKERS = dict(frozen='.', linear='s', lora='o', full='D', lp_ft='P', attn_supervised='*', block_expansion='X')
+TIER_MARKERS = dict(frozen='.', linear='s', lora='o', full='D', lp_ft='P', attn_supervised='*', block_expansion='X', core_tuning='v', coin='<', semi_supervised='>')
 BOX_COLOR = '#00E5FF'
 
 def model_color(
