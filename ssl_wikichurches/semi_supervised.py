@@ -367,7 +367,9 @@ def fit_semi_supervised(
     pool:list=None, # unlabelled photographs; None: all that `unlabelled` finds
 )->SemiFitted: # its history has the mean unlabelled loss as extra_loss
     "Full fine-tuning on labelled photographs and, with labels of the model's own, unlabelled ones; `restore_full` puts its weights back."
-    pool = unlabelled(data.churches, data.split) if pool is None else check_pool(pool, data.churches, data.split)
+    asked = pool is not None
+    pool = check_pool(pool, data.churches, data.split) if asked else unlabelled(data.churches, data.split)
+    if not (pool or asked) and recipe.weight: raise ValueError("this data has no photograph without a label that may be used, so this would be full fine-tuning: add some, or say so with weight=0 or pool=()")
     if recipe.weight==0 or not pool: return SemiFitted(**vars(fit_full(backbone, data, recipe, seed, device, folder)))
     if Team().n>1: raise ValueError(f"unlabelled photographs are learned from in one process, but this training is shared by {Team().n}: train on one device")
     return (_fit_rounds if recipe.kind=='self_training' else _fit_beside)(backbone, data, recipe, seed, device, folder, pool)

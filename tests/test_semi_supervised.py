@@ -441,3 +441,6 @@ def test_several_processes_are_refused(few, monkeypatch):
         n = 2
     monkeypatch.setattr(semi_supervised, 'Team', Two)
     with pytest.raises(ValueError, match='one process'): fit_semi_supervised(load_backbone('tiny-clip'), few[0], SemiSupervisedRecipe())
+
+def test_data_without_unlabelled_photographs_is_refused(data):
+    with pytest.raises(ValueError, match='no photograph without a label'): fit_semi_supervised(None, data, SemiSupervisedRecipe())
