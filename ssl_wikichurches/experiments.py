@@ -12,6 +12,7 @@ import hashlib, importlib.metadata, json, os, platform, re, subprocess, time, to
 from concurrent.futures import Executor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,8 +24,9 @@ from .backbones import Backbone, load_backbone
 from .block_expansion import BlockExpansionRecipe, fit_block_expansion, restore_block_expansion
 from .checkpoint import read_tensors, write_tensors
 from .coin import CoinRecipe, fit_coin
+from .controls import CONTROLS, Control
 from .core_tuning import CoreTuningRecipe, fit_core_tuning
-from .data import GEOMETRIES, ChurchDataset, Churches, box_mask, church_id, eval_transform
+from .data import CLASSES, GEOMETRIES, ChurchDataset, Churches, box_mask, church_id, eval_transform
 from .devices import Team, launch
 from .download import load_churches
 from .finetune import Recipe, TrainData, classification_scores, make_recipe
@@ -46,6 +48,8 @@ class Tier:
     restore:object # (backbone, recipe, state) -> Backbone
     like:str='' # tier from whose recipe in a study this one starts; '': from its defaults
     shared:bool=True # several processes can share a training
+    control:str='' # key of `CONTROLS`: what is changed before the training
+    of:str='' # tier that a control trains as
 
 TIERS = {'linear':Tier(LinearRecipe, fit_linear, restore_linear, shared=False), 'lora':Tier(LoraRecipe, fit_lora, restore_lora),
          'full':Tier(FullRecipe, fit_full, restore_full), 'lp_ft':Tier(LpFtRecipe, fit_lp_ft, restore_full, like='full'),
@@ -56,12 +60,22 @@ TIERS = {'linear':Tier(LinearRecipe, fit_linear, restore_linear, shared=False), 
 
 _NAME = re.compile(r'\w[\w.-]*') # of a folder: no path in it, not hidden
 
+def _controlled(control, of):
+    "The method of a tier with one thing changed before it trains."
+    method = tier_method(of)
+    if method.control or of.partition('-')[0] in ('linear','attn_supervised'):
+        raise ValueError(f"{of} has no control {control}: the maps of linear are the frozen ones, boxes have controls of their own (see `AttnSupervisedRecipe.boxes`), and a control has none")
+    if control=='random_init' and method.restore is not restore_full:
+        raise ValueError(f"random_init-{of} could not be read again: {of} stores what it trains, and not the random weights it starts from. Take random_init, which trains as full")
+    return replace(method, control=control, of=of)
+
 def tier_method(
-    tier:str, # name of a tier, such as 'lora' or 'lora-r4'
+    tier:str, # name of a tier, such as 'lora', 'lora-r4', 'random_labels' or 'random_labels-lora'
 )->Tier:
     "The method of a tier."
     method,hyphen,variant = tier.partition('-')
-    if method not in TIERS: raise ValueError(f"unknown tier {tier!r}; known are {', '.join(TIERS)}, and variants of them such as lora-r4")
+    if method in CONTROLS and not (hyphen and not variant): return _controlled(method, variant or 'full')
+    if method not in TIERS: raise ValueError(f"unknown tier {tier!r}; known are {', '.join(TIERS)}, variants of them such as lora-r4, and the controls {', '.join(CONTROLS)}")
     if hyphen and (method=='linear' or not _NAME.fullmatch(variant)): raise ValueError(f"tier {tier!r} cannot be a variant: linear has none (its maps are the frozen ones), and names are made of letters, digits, '.' and '_'")
     return TIERS[method]
 
@@ -91,8 +105,9 @@ def tier_recipe(
     study, # Study
     tier:str,
 )->Recipe:
-    "What a study says of the tier that a method is like, then of the method, then of the tier itself."
+    "What a study says of the tier that a method is like, then of the method, then of the tier itself. A control has the recipe of what it controls."
     method = tier_method(tier)
+    if method.control: return tier_recipe(study, method.of)
     names = [n for n in dict.fromkeys((method.like, tier.partition('-')[0], tier)) if n in study.recipes]
     return make_recipe(method.recipe, **{k:v for n in names for k,v in study.recipes[n].items()})
 
@@ -107,6 +122,11 @@ def _check_supervised(study, tier):
     if differ := [f.name for f in fields(full) if getattr(full, f.name)!=getattr(recipe, f.name)]:
         raise ValueError(f"{tier} and full differ in {', '.join(differ)}: their difference would not be the boxes'. Say it of full alone, and {tier} follows")
 
+# %% ../nbs/06_experiments.ipynb #779d2e82
+def _check_control(study, tier):
+    "A control runs beside the tier that it controls."
+    if (of := tier_method(tier).of) and of not in study.tiers: raise ValueError(f"{tier} trains as {of} does, and says something only beside it: add {of} to the tiers")
+
 # %% ../nbs/06_experiments.ipynb #fa1e8734
 def _alias(model):
     alias,_,source = model.partition('=')
@@ -119,9 +139,10 @@ def _check_study(study):
         if getattr(study,f) not in known: raise ValueError(f"{f} is {getattr(study,f)!r}: expected one of {known}")
     for tier in [*study.tiers, *study.recipes]: tier_method(tier)
     for tier in study.recipes:
+        if (of := tier_method(tier).of): raise ValueError(f"there is a recipe for {tier}, which follows that of {of}: a control with another recipe would be none")
         if '-' in tier and tier not in study.tiers: raise ValueError(f"there is a recipe for {tier}, but the tiers are {study.tiers}: add it to them, or leave the recipe out")
         tier_recipe(study, tier)
-    for tier in study.tiers: _check_supervised(study, tier)
+    for tier in study.tiers: _check_supervised(study, tier); _check_control(study, tier)
     for f in ('models','tiers','seeds'):
         values = getattr(study,f)
         if not values and f!='tiers' or len(set(values))<len(values): raise ValueError(f"{f} is {values!r}: expected at least one, none twice")
@@ -259,10 +280,13 @@ def _processor(device):
     return f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 # %% ../nbs/06_experiments.ipynb #abfe04af
+def _control(run): return CONTROLS[t.control] if run.tier!='frozen' and (t := tier_method(run.tier)).control else Control()
+
 def _prepare(run, root, loaders=0):
     churches = load_churches(run.data, run.on_error, verify=False) # every photograph was verified when the split was made
     backbone = load_backbone(run.source, size=run.size or None)
-    return TrainData(churches, load_split(Path(root)/'split.json'), backbone.spec.size, run.geometry, loaders), backbone
+    data = TrainData(churches, load_split(Path(root)/'split.json'), backbone.spec.size, run.geometry, loaders)
+    return _control(run).apply(data, backbone, run.seed)
 
 def _fit(run, data, backbone, folder, device):
     "Train and, in the first process of a team, store; the tuned backbone, and what run.json says of it."
@@ -270,13 +294,15 @@ def _fit(run, data, backbone, folder, device):
     recipe = tier.recipe(**run.recipe)
     fitted = tier.fit(backbone, data, recipe, run.seed, device, folder)
     if (team := Team()).rank: return fitted.backbone,{}
-    write_file(folder/'history.csv', lambda p: fitted.history.to_csv(p))
+    classes = [*data.names,*['none']*(len(CLASSES)-len(data.names))] # outputs of the classifier that nothing asks for
+    as_asked = {f'{k}_{a.lower()}':f'{k}_{b.lower()}' for k in ('p','val_recall') for a,b in zip(CLASSES, classes)}
+    write_file(folder/'history.csv', lambda p: fitted.history.rename(columns=as_asked).to_csv(p))
     write_tensors(folder/'model.safetensors', fitted.state)
     if fitted.other: write_tensors(folder/('last.safetensors' if recipe.select=='best' else 'best.safetensors'), fitted.other)
     said = pd.concat([fitted.predictions(data.loader(p), device).assign(part=p) for p in ('val','eval','test') if getattr(data.split, p)])
-    write_file(folder/'predictions.csv', lambda p: said.to_csv(p, index=False, float_format='%.6g'))
+    write_file(folder/'predictions.csv', lambda p: said.rename(columns=as_asked).to_csv(p, index=False, float_format='%.6g'))
     scores = {p:classification_scores(d.label, d.predicted) for p,d in said.groupby('part', sort=False)}
-    facts = dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch, processes=team.n, held_out=[*fitted.held_out])
+    facts = dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch, processes=team.n, held_out=[*fitted.held_out], classes=[*data.names])
     return fitted.backbone,facts
 
 def _member_fit(run, root, folder, loaders):
@@ -294,10 +320,11 @@ def store_scores(
     folder:Path, # of a run
     stored:StoredMaps, # what was measured
     boxes:list, # n tensors (b, 4): of its images, in pixels of the input
+    name:str='metrics.parquet', # of the file
 )->None:
-    "Write metrics.parquet: every metric for every image, block and head."
+    "Write every metric for every image, block and head."
     scores = score_maps(stored.maps, boxes, [*stored.images], stored.header.size, [church_id(n) for n in stored.images])
-    write_file(folder/'metrics.parquet', lambda p: scores.to_parquet(p, index=False))
+    write_file(folder/name, lambda p: scores.to_parquet(p, index=False))
 
 # %% ../nbs/06_experiments.ipynb #d5adcdb7
 def execute(
@@ -316,6 +343,10 @@ def execute(
     data,backbone = _prepare(run, root, loaders)
     facts = dict(spec=asdict(backbone.spec), **{f'n_{p}':len(names) for p,names in data.split.parts.items()},
                  prepared=[*data.churches.prepared])
+    if _control(run).start: # what it starts from is not the frozen run
+        begin,boxes = measure(deepcopy(backbone), data, device)
+        save_maps(folder/'start.safetensors', begin)
+        store_scores(folder, begin, boxes, 'start.parquet')
     if run.tier!='frozen':
         together = processes>1 and tier_method(run.tier).shared
         backbone,fit_facts = _fit_together(run, root, folder, backbone, processes, loaders) if together else _fit(run, data, backbone, folder, device)

@@ -425,12 +425,18 @@ class TrainData:
     size:int # side of the input, in pixels
     geometry:str='squash'
     workers:int=0 # processes that decode photographs
+    classes:pd.Series=None # class 0..3 by image file name, to be learned in place of the styles: of a control
+    names:tuple=CLASSES # of the classes, at most four
 
     @property
-    def labels(self)->pd.Series: return class_labels(self.churches, self.split.labels)
+    def labels(self)->pd.Series: return class_labels(self.churches, self.split.labels) if self.classes is None else self.classes
     def weight(self, recipe:Recipe)->torch.Tensor: # weights of the loss
-        y = self.labels.loc[list(self.split.train)].to_numpy()
-        return class_weights(y) if recipe.class_weights=='balanced' else torch.ones(len(CLASSES))
+        y,w = self.labels.loc[list(self.split.train)].to_numpy(),torch.ones(len(CLASSES))
+        if recipe.class_weights=='none': return w
+        if self.classes is None: return class_weights(y) # every style needs some
+        seen,place = np.unique(y, return_inverse=True)
+        w[seen] = class_weights(place, len(seen))
+        return w
     def loader(self,
         part:str, # 'train', 'val', 'eval' or 'test'; the first two read prepared copies where there are any
         batch:int=32,

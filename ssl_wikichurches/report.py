@@ -19,10 +19,10 @@ from .detail import Example, best_block_table, best_heads, block_table, draw_exa
 from .download import load_churches
 from .atomic import write_file
 from .checkpoint import write_tensors
-from .iou_stats import readable_table
 from .metrics import PRIMARY
 from .plots import block_plot, forest_plot, grid_plot, price_plot, ranking_plot, slope_plot
 from .results import complete_runs, cost_table, missing_runs, read_study, robustness_table, seeds_table, study_scores, study_table
+from .specificity import beyond_controls, control_contrasts, control_table, readable_result
 from .splits import class_labels
 from .supervision import supervised_table, supervision_contrasts
 from .yardsticks import FAMILY, border_scores, border_table, compare_yardsticks, yardstick_scores
@@ -50,9 +50,14 @@ say whether the instrument works, not what real models do.</p>{% endif %}
 {{ missing|join(', ') }}</p>{% endif %}
 <h2>Shift</h2><img alt="Forest plot of the shift by model and tier" src="{{ forest }}">
 <div class="wide shift">{{ table }}</div>
-<p class="note">Intervals: BCa bootstrap over churches, 95 %. p: paired t-test, two-sided; p_holm: Holm over all rows except <i>linear</i>, whose
+<p class="note"><i>task_driven</i>: whether a positive shift is larger than under every control, see below{% if not controls %}; this study has none (tiers <i>random_labels</i>, <i>other_task</i>, <i>random_init</i>), so a positive shift here may be that of any training{% endif %}.
+Intervals: BCa bootstrap over churches, 95 %. p: paired t-test, two-sided; p_holm: Holm over all rows except <i>linear</i>, whose
 shift is zero by construction and was checked to be exactly zero. d_z and d_av carry Hedges' correction. Blind choice of pixels would score
 {{ '%.3f'|format(chance) }} and no map could score above {{ '%.3f'|format(ceiling) }}, on average over images.</p>
+{% if controls %}<h2>Is it the task?</h2><div class="wide">{{ controls }}</div>
+<p class="note">The same trainings with one thing changed: labels that say nothing, another question (its <i>classes</i>; accuracy is that of its answers), or a network that was not pretrained, whose shift counts from its own start. They are in no other table.</p><div class="wide">{{ verdicts }}</div>
+<p class="note"><i>task_driven</i>: <i>yes</i> where the shift is for the better and exceeds that of every control, each with its interval; empty where there is no such shift. <i>p_controls</i>: the largest p of the comparisons. Seeds are averaged and taken as given.</p>
+<details><summary>Tier minus control</summary><div class="wide">{{ control_contrasts }}</div><p class="note"><i>of</i>: what the control trains as, where it is not the tier itself.</p></details>{% endif %}
 {% if seeds %}<h2>Over seeds</h2><div class="wide">{{ seeds }}</div>
 <p class="note">The intervals above take the seeds as given. These ask what other churches and other seeds would have given: mean squares with Satterthwaite's degrees of freedom
 (<i>low</i>, <i>high</i>), which hold their level with few seeds, and the bootstrap of churches crossed with seeds, which is a little short then.</p>{% endif %}
@@ -195,6 +200,13 @@ def _taught(root, metric):
     show = lambda t: _html(t.round(4), index=False, na_rep='')
     return dict(price=_embed(fig), boxed=show(table.drop(columns=['metric','kind','t'])), boxed_contrasts=show(supervision_contrasts(root, metric)))
 
+def _controlled(root, metric):
+    "What is reported of controls; nothing without any."
+    table = control_table(root, metric)
+    if table.empty: return {}
+    show = lambda t: _html(t.round(4), index=False, na_rep='')
+    return dict(controls=show(table.drop(columns=['metric','t'])), verdicts=show(beyond_controls(root, metric)), control_contrasts=show(control_contrasts(root, metric)))
+
 def _starred(table, row, columns, value, p):
     "A number for each pair, with a star where p is below .05; rows and columns as they come."
     marked = table.assign(text=[f"{v:+.3f}{'*' if q<.05 else ''}" for v,q in zip(table[value], table[p])])
@@ -220,7 +232,7 @@ def _exclusions(root):
     return dict(copies=[f'{r.image} (of {r.copy_of})' for r in pairs.itertuples()], problems=[f'{r.image}: {r.problem}' for r in problems.itertuples()])
 
 def _facts(root, metric):
-    study,runs,scores = read_study(root), complete_runs(root, boxed=None), study_scores(root, metric)
+    study,runs,scores = read_study(root), complete_runs(root, 'all'), study_scores(root, metric)
     churches = load_churches(study.data, study.on_error, verify=False)
     labels = class_labels(churches, study.labels).reindex(scores.image.unique())
     first = runs.iloc[0]
@@ -245,10 +257,9 @@ def write_report(
     metric:str=PRIMARY,
 )->Path: # the file
     "Write a study's report as one HTML file."
-    table = study_table(root, metric)
-    text = readable_table(table)
+    table,text = study_table(root, metric),readable_result(root, metric)
     accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1'))]]
-    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
+    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), **_controlled(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
                  seeds=_html(over.round(4), index=False) if len(over := seeds_table(root, metric)) else '',
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
@@ -257,7 +268,7 @@ def write_report(
 # %% ../nbs/06b_report.ipynb #8a75bdb6
 def save_results(
     root:str|os.PathLike, # folder of a study
-    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png; of tiers that used boxes supervised.csv and contrasts.csv
+    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png; of tiers that used boxes supervised.csv and contrasts.csv, of controls controls.csv and beyond.csv
     metric:str=PRIMARY,
 )->Path: # the folder
     "The small files of a study, for figures and tables elsewhere."
@@ -267,7 +278,9 @@ def save_results(
     about = dict(study=asdict(read_study(root)), metric=metric, missing=missing_runs(root), versions=_distinct(runs.versions),
                  processors=_distinct(runs.processor), **_levels(runs.folder.iloc[0], metric))
     (folder/'study.json').write_text(json.dumps(about, indent=1)+'\n')
-    for name,part in (('supervised',supervised_table(root, metric)), ('contrasts',supervision_contrasts(root, metric))):
+    controls = control_table(root, metric)
+    extra = dict(supervised=supervised_table(root, metric), contrasts=supervision_contrasts(root, metric), controls=controls, beyond=beyond_controls(root, metric) if len(controls) else controls)
+    for name,part in extra.items():
         if len(part): part.to_csv(folder/f'{name}.csv', index=False, float_format='%.9g')
     found = {f'{r.model}/{r.tier}':examples(root, r.model, r.tier, metric) for r in table[table.tier!='linear'].itertuples()}
     scores = {k:[(e.image, e.before, e.after) for e in v] for k,v in found.items()}

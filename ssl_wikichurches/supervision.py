@@ -32,7 +32,7 @@ def boxed_runs(
     root:str|os.PathLike, # folder of a study
 )->pd.DataFrame: # as of `complete_runs`; and fold, folds, weight, boxes, kind; may be empty
     "Runs that used boxes, of which all folds are there."
-    runs = complete_runs(root, boxed=True)
+    runs = complete_runs(root, 'boxed')
     for k in ('fold','folds','weight','boxes','kind'): runs[k] = [r[k] for r in runs.recipe]
     if runs.empty: return runs
     runs = runs[runs.groupby(['model','tier','seed']).fold.transform('nunique')==runs.folds]

@@ -139,8 +139,8 @@ def test_other_blocks_and_heads(done):
 # ---- apart from all others
 
 def test_taught_runs_are_in_no_other_table(done):
-    assert {*complete_runs(done).tier}=={'frozen','full'} and {*complete_runs(done, boxed=True).tier}=={'attn_supervised','attn_supervised-prior'}
-    assert len(complete_runs(done, boxed=None))==2+4+24
+    assert {*complete_runs(done).tier}=={'frozen','full'} and {*complete_runs(done, 'boxed').tier}=={'attn_supervised','attn_supervised-prior'}
+    assert len(complete_runs(done, 'all'))==2+4+24
     assert {*study_table(done).tier}=={'full'} and {*cost_table(done).tier}=={'full','attn_supervised','attn_supervised-prior'}
 
 def test_an_incomplete_set_of_folds_waits_and_a_wrong_one_is_refused(root):

@@ -1,0 +1,223 @@
+"Controls of a study: that one thing is changed and nothing else, that they stay out of every other table, and what the verdict says of planted shifts."
+import json, shutil
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from ssl_wikichurches.backbones import load_backbone
+from ssl_wikichurches.controls import CONTROLS, LIGHT, Control, other_task, random_labels, random_twin, read_countries
+from ssl_wikichurches.data import church_id, read_churches
+from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.experiments import Study, measure, run_study, tier_method, tier_recipe
+from ssl_wikichurches.finetune import TrainData, make_recipe
+from ssl_wikichurches.finetune_full import FullRecipe, fit_full
+from ssl_wikichurches.maps import load_maps
+from ssl_wikichurches.report import save_results, write_report
+from ssl_wikichurches.results import complete_runs, load_run, rescore, study_scores, study_table
+from ssl_wikichurches.specificity import beyond_controls, control_contrasts, control_scores, control_table, readable_result
+from ssl_wikichurches.splits import load_split, make_split
+from timm_models import timm_model
+
+TIERS = ('full','block_expansion','random_labels','other_task','random_init','random_labels-block_expansion')
+RECIPES = dict(full=dict(epochs=1, lr=1e-2, backbone_lr=1e-3), block_expansion=dict(epochs=1, every=2, lr=1e-2))
+
+@pytest.fixture(scope='module')
+def done(drawn, tmp_path_factory):
+    "A complete study with all controls and two seeds. Not to be changed."
+    study = Study('controlled', data=str(drawn), models=('tiny-clip',), tiers=TIERS, seeds=(0,1), size=64, val=.3, recipes=RECIPES)
+    with ThreadPoolExecutor(1) as pool: return run_study(study, tmp_path_factory.mktemp('runs'), pool, device='cpu', progress=False)
+
+@pytest.fixture
+def root(done, tmp_path): return Path(shutil.copytree(done, tmp_path/done.name))
+
+@pytest.fixture
+def small(drawn):
+    churches = read_churches(drawn)
+    return TrainData(churches, make_split(churches, val=.3), 64)
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+# ---- what is changed
+
+@pytest.mark.parametrize('seed', range(4))
+def test_labels_are_dealt_among_churches_and_within_parts(data, seed):
+    dealt = random_labels(data, seed)
+    for part in ('train','val'):
+        names = list(getattr(data.split, part)); owner = [church_id(n) for n in names]
+        old,new = (d.labels[names].groupby(owner).agg(['nunique','first']) for d in (data, dealt))
+        assert Counter(old['first'])==Counter(new['first']) and new['nunique'].max()==1
+        assert (old['first']!=new['first']).mean()>.5
+    for part in ('eval','test'):
+        names = list(getattr(data.split, part))
+        assert dealt.labels[names].equals(data.labels[names])
+    assert dealt.split==data.split and dealt.names==data.names and dealt.labels.index.equals(data.labels.index)
+    assert dealt.labels.equals(random_labels(data, seed).labels) and not dealt.labels.equals(random_labels(data, seed+1).labels)
+
+def test_labels_of_a_church_with_several_photographs_stay_together(tmp_path):
+    from ssl_wikichurches.synthetic import make_churches
+    churches = read_churches(make_churches(tmp_path/'several', n=60, n_annotated=6, size=64, seed=3, several=.6))
+    data = TrainData(churches, make_split(churches, val=.3), 64)
+    owner = pd.Series([church_id(n) for n in data.split.train], list(data.split.train))
+    assert owner.duplicated().any()
+    assert random_labels(data).labels[owner.index].groupby(owner).nunique().max()==1
+
+def test_countries_are_those_of_the_file(small):
+    records = json.loads((small.churches.root/'churches.json').read_text())
+    asked = other_task(small)
+    assert {*asked.names}=={r['country']['name'] for r in records.values()}
+    for n,k in asked.labels.items(): assert records[church_id(n)]['country']['name']==asked.names[k]
+    assert {*asked.labels.index}=={n for p in small.split.parts.values() for n in p}
+    assert other_task(small, 5).labels.equals(asked.labels)
+
+def without_countries(root):
+    path = root/'churches.json'
+    path.write_text(json.dumps({c:r|dict(country=dict(id=None, name=None)) for c,r in json.loads(path.read_text()).items()}))
+
+def test_light_is_asked_where_there_are_no_countries(folder):
+    without_countries(folder)
+    churches = read_churches(folder)
+    assert read_countries(churches).empty
+    data = TrainData(churches, make_split(churches, val=.3), 64)
+    asked,train = other_task(data),list(data.split.train)
+    assert asked.names==LIGHT
+    from PIL import Image
+    gray = pd.Series({n:np.asarray(Image.open(churches.path(n)).convert('L'), float).mean() for n in train})
+    assert gray.groupby(asked.labels[train]).mean().is_monotonic_increasing
+    assert np.corrcoef(gray.rank(), asked.labels[train])[0,1]>.9
+
+def test_nothing_to_ask(folder):
+    without_countries(folder)
+    from PIL import Image
+    for p in (folder/'images').iterdir(): Image.new('RGB', (64,64), (90,90,90)).save(p)
+    churches = read_churches(folder)
+    with pytest.raises(ValueError, match='Leave other_task out'): other_task(TrainData(churches, make_split(churches, val=.3), 64))
+
+def test_weights_of_fewer_classes(small):
+    asked = other_task(small)
+    y = asked.labels[list(small.split.train)].to_numpy()
+    w = asked.weight(FullRecipe()).double().numpy()
+    counts = np.bincount(y, minlength=4)
+    np.testing.assert_allclose(w[:3]*counts[:3], len(y)/3, rtol=1e-6)
+    assert w[3]==1 and w[y].mean()==pytest.approx(1, rel=1e-6) and (asked.weight(FullRecipe(class_weights='none'))==1).all()
+
+def test_a_control_changes_one_thing(small):
+    clip = load_backbone('tiny-clip', size=64)
+    for name,c in CONTROLS.items():
+        data,backbone = c.apply(small, clip, 3)
+        assert (data is small)==(c.data is None) and (backbone is clip)==(c.start is None) and (c.data is None)!=(c.start is None)
+    assert Control().apply(small, clip, 3)==(small, clip)
+
+# ---- names and recipes
+
+def test_names_and_recipes():
+    study = Study(tiers=('full','lora-r4','random_labels','random_labels-lora-r4'), recipes={'full':dict(epochs=3), 'lora':dict(epochs=2), 'lora-r4':dict(rank=4)})
+    assert tier_recipe(study, 'random_labels')==tier_recipe(study, 'full') and tier_recipe(study, 'random_labels-lora-r4')==tier_recipe(study, 'lora-r4')
+    m = tier_method('random_labels-lora-r4')
+    assert (m.control,m.of,m.fit)==('random_labels','lora-r4',tier_method('lora').fit)
+    for wrong,why in (('random_labels-', 'unknown tier'), ('random_labels-linear','no control'), ('random_init-attn_supervised-w3','no control'), ('random_init-block_expansion','read again'), ('other_task-nothing','unknown tier')):
+        with pytest.raises(ValueError, match=why): tier_method(wrong)
+    with pytest.raises(ValueError, match='add full'): Study(tiers=('lora','other_task'))
+    with pytest.raises(ValueError, match='would be none'): Study(tiers=('full','other_task'), recipes=dict(other_task=dict(epochs=2)))
+
+# ---- in a study
+
+def test_trains_as_what_it_controls(done, drawn):
+    split = load_split(done/'split.json')
+    data = TrainData(load_churches(str(drawn)), split, 64)
+    for name,control in CONTROLS.items():
+        mine,backbone = control.apply(data, load_backbone('tiny-clip', size=64), 1)
+        want = fit_full(backbone, mine, make_recipe(FullRecipe, **RECIPES['full']), 1)
+        restored,classifier = load_run(done/f'tiny-clip-{name}-seed1')
+        assert same({f'backbone.{k}':v for k,v in restored.state_dict().items()}, {k:v for k,v in want.state.items() if k.startswith('backbone.')}), name
+        assert torch.equal(classifier.weight, want.classifier.weight)
+
+def test_an_untrained_network_has_its_own_start(done, drawn):
+    data = TrainData(load_churches(str(drawn)), load_split(done/'split.json'), 64)
+    want,_ = measure(random_twin(load_backbone('tiny-clip', size=64), 1), data)
+    assert torch.equal(load_maps(done/'tiny-clip-random_init-seed1'/'start.safetensors').maps, want.maps)
+    scores = control_scores(done)
+    level = scores.groupby(['tier','seed']).before.mean().unstack()
+    frozen = study_scores(done).before.mean()
+    assert level.loc['random_init'].nunique()==2 and np.allclose(level.drop('random_init'), frozen) and not np.isclose(level.loc['random_init'], frozen).any()
+
+def test_classes_of_a_control_are_named(done):
+    said = pd.read_csv(done/'tiny-clip-other_task-seed0'/'predictions.csv')
+    lands = json.loads((done/'tiny-clip-other_task-seed0'/'run.json').read_text())['classes']
+    assert [c for c in said if c.startswith('p_')]==[*(f'p_{l.lower()}' for l in lands),'p_none'] and said.label.max()<len(lands)
+    history = pd.read_csv(done/'tiny-clip-other_task-seed0'/'history.csv')
+    assert {c for c in history if c.startswith('val_recall_')}<={f'val_recall_{l.lower()}' for l in lands}
+    assert 'p_romanesque' in pd.read_csv(done/'tiny-clip-random_labels-seed0'/'predictions.csv')
+
+def test_controls_are_in_no_other_table(root):
+    with_controls = study_table(root)
+    assert [*with_controls.tier]==['full','block_expansion']
+    study = json.loads((root/'study.json').read_text())
+    (root/'study.json').write_text(json.dumps(study|dict(tiers=['full','block_expansion'])))
+    pd.testing.assert_frame_equal(study_table(root), with_controls)
+    assert control_table(root).empty and control_contrasts(root).empty and control_scores(root).empty
+    assert {*beyond_controls(root).task_driven}<={'no controls',''}
+    assert not (save_results(root, root/'small')/'controls.csv').exists()
+
+def planted(root, tier, by):
+    "Raise the score of a tier's runs, by a little more for one church than for the next."
+    for folder in root.glob(f'tiny-clip-{tier}-seed*'):
+        d = pd.read_parquet(folder/'metrics.parquet')
+        order = {n:i for i,n in enumerate(sorted(d.image.unique()))}
+        d['value'] = d.value+by*(1+.1*d.image.map(order)/len(order))
+        d.to_parquet(folder/'metrics.parquet', index=False)
+
+def test_the_verdict_on_planted_shifts(root):
+    planted(root, 'full', .3)
+    row = lambda: beyond_controls(root).set_index('tier').loc['full']
+    assert row().task_driven=='yes' and row().beyond=='random_labels, other_task, random_init' and row().missing=='' and row().p_controls<.001
+    assert 'yes' in [*readable_result(root).task_driven]
+    planted(root, 'other_task', .3)
+    assert (row().task_driven, row().beyond, row().not_beyond)==('no','random_labels, random_init','other_task')
+    planted(root, 'full', -.6)
+    assert row().task_driven=='' and np.isnan(row().p_controls)
+
+def test_contrasts_against_pandas(done):
+    both = pd.concat([study_scores(done), control_scores(done)])
+    shift = both.assign(d=both.after-both.before).groupby(['tier','church','image']).d.mean().groupby(['tier','church']).mean().unstack(0)
+    found = control_contrasts(done)
+    for r in found.itertuples():
+        d = shift[r.tier]-shift[r.minus]
+        assert r.difference==pytest.approx(d.mean(), abs=1e-12) and r.t==pytest.approx(d.mean()/d.sem(), rel=1e-9) and r.n==len(d)
+    assert [*found[found.tier=='block_expansion'].minus]==['random_labels-block_expansion','other_task','random_init']
+
+def test_rescored_with_their_start(root):
+    before = control_scores(root)
+    for name in ('start.parquet','metrics.parquet'):
+        f = root/'tiny-clip-random_init-seed0'/name
+        d = pd.read_parquet(f); d['value'] = 0.; d.to_parquet(f, index=False)
+    assert not control_scores(root).equals(before)
+    assert 'tiny-clip-random_init-seed0' in rescore(root, progress=False) and control_scores(root).equals(before)
+
+def test_report_and_result_files(root):
+    html = write_report(root).read_text()
+    assert 'Is it the task?' in html and 'random_labels-block_expansion' in html and 'task_driven' in html
+    saved = save_results(root, root/'small')
+    assert len(pd.read_csv(saved/'controls.csv'))==4 and [*pd.read_csv(saved/'beyond.csv').tier]==['full','block_expansion']
+    table = control_table(root).set_index('tier')
+    assert table.loc['random_labels-block_expansion','of']=='block_expansion' and table.loc['other_task','classes'].count(' Land')==3
+
+def test_kinds_of_runs(done):
+    assert len(complete_runs(done, 'all'))==1+2*len(TIERS) and len(complete_runs(done))==1+2*2 and len(complete_runs(done, 'control'))==2*4
+    with pytest.raises(ValueError, match='expected one of'): complete_runs(done, 'controls')
+
+@pytest.mark.parametrize('control', list(CONTROLS))
+def test_timm(control, small):
+    source = timm_model('vit_tiny_patch16_224')
+    mine,backbone = CONTROLS[control].apply(small, source, 3)
+    start = {k:v.clone() for k,v in backbone.state_dict().items()}
+    assert same(start, timm_model('vit_tiny_patch16_224').state_dict())==(control!='random_init')
+    fitted = fit_full(backbone, mine, FullRecipe(epochs=1, backbone_lr=1e-4), 3)
+    assert not same(fitted.backbone.state_dict(), start) and len(fitted.predictions(mine.loader('eval')))==12
+
+def test_real_photographs(real):
+    churches = load_churches(str(real/'photos'))
+    data = TrainData(churches, make_split(churches), 224)
+    asked,train = other_task(data),list(data.split.train)
+    assert asked.names==LIGHT and asked.labels[train].value_counts(normalize=True).between(.24, .26).all()
+    table = pd.crosstab(data.labels[train], asked.labels[train], normalize='index') # light says little about style
+    assert (table-table.mean()).abs().max().max()<.2
