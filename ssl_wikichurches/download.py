@@ -27,7 +27,7 @@ def cache_dir()->Path: # the folder; it need not exist yet
     return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'ssl_wikichurches'
 
 # %% ../nbs/00b_download.ipynb #85127ad1
-_DEFAULT = dict(n=420, n_annotated=60, size=96, seed=0)
+_DEFAULT = dict(n=420, n_annotated=60, size=96, seed=0, unlabelled=60)
 EDITIONS = { # source -> arguments of `make_churches`
     'synthetic': _DEFAULT,
     'synthetic-shortcut': _DEFAULT|dict(evidence='shortcut'), # style shows in the color of a banner, and in nothing else
@@ -41,8 +41,8 @@ def synthetic_folder(
 )->Path: # the complete folder
     "Draw an edition of the synthetic churches, if it is not there yet."
     if source not in EDITIONS: raise ValueError(f"no edition is called {source!r}; known are {', '.join(EDITIONS)}")
-    edition = EDITIONS[source]|changes
-    name = f'synthetic-v{GENERATOR_VERSION}-' + '-'.join(f'{k}{v}' for k,v in edition.items())
+    edition = EDITIONS[source] | (dict(unlabelled=0) if 'n' in changes else {}) | changes
+    name = f'synthetic-v{GENERATOR_VERSION}-' + '-'.join(f'{k}{v}' for k,v in edition.items() if v or k!='unlabelled')
     cache = Path(cache or cache_dir()); final = cache/name
     if final.is_dir(): return final
     cache.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ __all__ = ['LABELS', 'VAL', 'HASH_SIDE', 'NEAR', 'NO_PAIRS', 'read_wc4', 'read_h
 import hashlib, json, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 import imagehash, networkx as nx, numpy as np, pandas as pd
 from PIL import Image
@@ -18,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 from .atomic import available_cores, write_json
 from .codec import open_image
-from .data import STYLES, Churches, church_id, read_churches
+from .data import STYLES, Churches, church_id, file_stamp, read_churches
 
 # %% ../nbs/00d_splits.ipynb #2e0a342b
 LABELS = ('leaf', 'wc4', 'hierarchy')
@@ -207,13 +208,16 @@ def perceptual_hash(
     return imagehash.phash(image, hash_size=HASH_SIDE).hash.ravel()
 
 # %% ../nbs/00d_splits.ipynb #2b0fc23a
+@lru_cache(1<<16)
+def _hash_of(path, *stamp): return perceptual_hash(open_image(path, side=4*HASH_SIDE)) # once in a process, however many trainings look for copies
+
 def image_hashes(
     churches:Churches,
     names:list, # image file names
     progress:bool=False, # show a bar
 )->np.ndarray: # (n, 256) bool
     "Hashes of photographs, which are read at reduced scale."
-    def one(name): return perceptual_hash(open_image(churches.path(name), side=4*HASH_SIDE))
+    def one(name): return _hash_of(p := churches.path(name), *file_stamp(p).values())
     with ThreadPoolExecutor(min(8, available_cores())) as pool:
         hashes = [*tqdm(pool.map(one, names), total=len(names), desc='comparing photographs', disable=not progress)]
     return np.stack(hashes) if hashes else np.zeros((0, HASH_SIDE**2), bool)
