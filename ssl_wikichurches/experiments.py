@@ -34,6 +34,7 @@ from .finetune_full import FullRecipe, fit_full, restore_full
 from .finetune_linear import LinearRecipe, fit_linear, restore_linear
 from .finetune_lp_ft import LpFtRecipe, fit_lp_ft
 from .finetune_lora import LoraRecipe, fit_lora, restore_lora
+from .forgetting import run_features, save_features
 from .maps import StoredMaps, compute_maps, join_maps, save_maps
 from .scores import score_maps
 from .semi_supervised import SemiSupervisedRecipe, fit_semi_supervised
@@ -122,7 +123,7 @@ def _check_supervised(study, tier):
     if differ := [f.name for f in fields(full) if getattr(full, f.name)!=getattr(recipe, f.name)]:
         raise ValueError(f"{tier} and full differ in {', '.join(differ)}: their difference would not be the boxes'. Say it of full alone, and {tier} follows")
 
-# %% ../nbs/06_experiments.ipynb #779d2e82
+# %% ../nbs/06_experiments.ipynb #4c471b11
 def _check_control(study, tier):
     "A control runs beside the tier that it controls."
     if (of := tier_method(tier).of) and of not in study.tiers: raise ValueError(f"{tier} trains as {of} does, and says something only beside it: add {of} to the tiers")
@@ -354,6 +355,7 @@ def execute(
     stored,boxes = measure(backbone, data, device)
     save_maps(folder/'maps.safetensors', stored)
     store_scores(folder, stored, boxes)
+    with _one_thread(): save_features(folder, run_features(backbone, ChurchDataset(data.churches, data.split.eval, eval_transform(data.size, data.geometry)), device))
     facts |= dict(n_measured=len(stored.images), seconds=round(time.time()-start, 1), processor=_processor(device), versions=versions())
     write_json(folder/'run.json', facts)
     for left in (*folder.glob('.*'), folder/'checkpoint.safetensors'): left.unlink(missing_ok=True) # by a killed attempt; what training needed

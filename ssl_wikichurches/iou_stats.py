@@ -234,8 +234,8 @@ def readable_table(
 )->pd.DataFrame: # text, indexed by model and tier
     "The table as text: differences signed, small p-values as bounds."
     scores = ('accuracy','balanced_accuracy','macro_f1')
-    forms = dict.fromkeys(('before','after',*scores,*(f'test_{k}' for k in scores)), '.3f')
-    forms |= dict.fromkeys(('shift','low','high'), '+.4f') | dict.fromkeys(('d_z','d_av','t'), '+.2f') | dict.fromkeys(('p','p_holm'), '.3f')
+    forms = dict.fromkeys(('before','after',*scores,*(f'test_{k}' for k in scores),'cka','knn'), '.3f')
+    forms |= dict.fromkeys(('shift','low','high'), '+.4f') | dict(knn_change='+.3f') | dict.fromkeys(('d_z','d_av','t'), '+.2f') | dict.fromkeys(('p','p_holm'), '.3f')
     out = table.copy()
     for c in [c for c in out if c in forms]: out[c] = ['' if pd.isna(v) else format(v, forms[c]) for v in table[c]]
     for c in ('p','p_holm'): out[c] = out[c].where(~(table[c]<.001), '<0.001')

@@ -21,7 +21,7 @@ from .atomic import write_file
 from .checkpoint import write_tensors
 from .metrics import PRIMARY
 from .plots import block_plot, forest_plot, grid_plot, price_plot, ranking_plot, slope_plot
-from .results import complete_runs, cost_table, missing_runs, read_study, robustness_table, seeds_table, study_scores, study_table
+from .results import complete_runs, cost_table, forgetting_table, missing_runs, read_study, robustness_table, seeds_table, study_scores, study_table
 from .specificity import beyond_controls, control_contrasts, control_table, readable_result
 from .splits import class_labels
 from .supervision import supervised_table, supervision_contrasts
@@ -97,9 +97,10 @@ divisions overlap). <i>last_to_last</i> is the headline's shift. A model with a 
 <p class="note"><i>up</i>, <i>down</i>: framed heads. <i>rank_correlation</i>: of the heads' scores before and after; it has no p, for heads of one network are no sample.</p><div class="wide">{{ best_heads }}</div>
 <p class="note">The best head is chosen by luck, too. <i>naive</i>: all churches choose and report; <i>chosen</i>: one half does both; <i>other</i>: the half that did not choose reports. Only <i>other</i> may be quoted.</p>
 {% else %}<p class="note">{{ nothing }}</p>{% endif %}
-<h2>Accuracy on the held-out images</h2><div class="wide">{{ accuracy }}</div>
+<h2>Accuracy on the held-out images, and what was forgotten</h2><div class="wide">{{ accuracy }}</div>
 <p class="note">Means over seeds; <i>test</i> is the official test list, where the labels bring one. Always naming the most frequent style of these images would give an accuracy of
-{{ '%.3f'|format(majority) }} and a balanced accuracy of 0.25.</p>
+{{ '%.3f'|format(majority) }} and a balanced accuracy of 0.25.{% if forgotten %} <i>cka</i>: how alike the features of these images are to the frozen model's (1: up to rotation and scale, they are the same).
+<i>knn</i>: balanced accuracy of nearest neighbors on a task that no training asked for (has a drawn church two towers, or none?), <i>knn_change</i>: against the frozen model.</p><details><summary>All runs, with controls and those that used boxes</summary><div class="wide">{{ forgotten }}</div><p class="note"><i>change_se</i>: standard error of the change in one run, paired over the task's photographs.</p></details>{% else %}</p>{% endif %}
 <h2>What it cost</h2><div class="wide">{{ costs }}</div>
 <p class="note">Seconds of a whole run, averaged over seeds; runs may have shared the machine with others.</p>
 <h2>Before and after</h2><p class="note">For each model: the images with the smallest, the median and the largest shift. Maps of the last block,
@@ -258,8 +259,8 @@ def write_report(
 )->Path: # the file
     "Write a study's report as one HTML file."
     table,text = study_table(root, metric),readable_result(root, metric)
-    accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1'))]]
-    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), **_controlled(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False),
+    accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1','cka')) or c.startswith('knn')]]
+    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), **_controlled(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False), forgotten=_html(lost.round(3), index=False) if len(lost := forgetting_table(root, 'all')) else '',
                  seeds=_html(over.round(4), index=False) if len(over := seeds_table(root, metric)) else '',
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)
@@ -268,7 +269,7 @@ def write_report(
 # %% ../nbs/06b_report.ipynb #8a75bdb6
 def save_results(
     root:str|os.PathLike, # folder of a study
-    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png; of tiers that used boxes supervised.csv and contrasts.csv, of controls controls.csv and beyond.csv
+    folder:str|os.PathLike, # gets table.csv, study.json, examples.safetensors and forest.png; of tiers that used boxes supervised.csv and contrasts.csv, of controls controls.csv and beyond.csv; forgetting.csv
     metric:str=PRIMARY,
 )->Path: # the folder
     "The small files of a study, for figures and tables elsewhere."
@@ -279,7 +280,7 @@ def save_results(
                  processors=_distinct(runs.processor), **_levels(runs.folder.iloc[0], metric))
     (folder/'study.json').write_text(json.dumps(about, indent=1)+'\n')
     controls = control_table(root, metric)
-    extra = dict(supervised=supervised_table(root, metric), contrasts=supervision_contrasts(root, metric), controls=controls, beyond=beyond_controls(root, metric) if len(controls) else controls)
+    extra = dict(supervised=supervised_table(root, metric), contrasts=supervision_contrasts(root, metric), controls=controls, beyond=beyond_controls(root, metric) if len(controls) else controls, forgetting=forgetting_table(root, 'all'))
     for name,part in extra.items():
         if len(part): part.to_csv(folder/f'{name}.csv', index=False, float_format='%.9g')
     found = {f'{r.model}/{r.tier}':examples(root, r.model, r.tier, metric) for r in table[table.tier!='linear'].itertuples()}

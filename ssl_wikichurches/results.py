@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COMPANIONS', 'read_study', 'missing_runs', 'complete_runs', 'study_scores', 'Measured', 'measured_images',
-           'masked_scores', 'study_table', 'seeds_table', 'cost_table', 'higher_is_better', 'robustness_table',
-           'rescore', 'to_tensorboard', 'load_run', 'study_faithfulness', 'baseline_table']
+           'masked_scores', 'forgetting_table', 'study_table', 'seeds_table', 'cost_table', 'higher_is_better',
+           'robustness_table', 'rescore', 'to_tensorboard', 'load_run', 'study_faithfulness', 'baseline_table']
 
 # %% ../nbs/06_results.ipynb #1432924e
 import json, os
@@ -22,6 +22,7 @@ from .download import load_churches
 from .experiments import Run, Study, as_study, store_scores, study_runs, tier_method
 from .faithfulness import before_and_after, matched_sets
 from .finetune import StyleModel, load_classifier
+from .forgetting import forgetting_scores, load_features
 from .inference import benjamini_hochberg, crossed_bootstrap, seed_variance, shift_grid
 from .iou_stats import shift_table
 from .maps import StoredMaps, load_maps
@@ -132,6 +133,22 @@ def masked_scores(
         return d.set_index('image').value
     return _beside_frozen(root, score)
 
+# %% ../nbs/06_results.ipynb #55f2dbaf
+def forgetting_table(
+    root:str|os.PathLike, # folder of a study
+    kind:str='plain', # of runs, see `complete_runs`
+)->pd.DataFrame: # model, tier, runs, cka, knn_before, knn, knn_change, change_se (of one run, over the task's photographs); means over seeds and folds; may be empty
+    "What fine-tuning cost of what was there before."
+    runs = complete_runs(root, 'all')
+    runs = runs[[(f/'features.safetensors').is_file() for f in runs.folder]]
+    frozen = {r.model:load_features(r.folder) for r in runs[runs.tier=='frozen'].itertuples()}
+    asked = runs[(runs.tier!='frozen')&runs.model.isin(frozen)&runs.folder.isin(complete_runs(root, kind).folder)]
+    rows = [dict(model=r.model, tier=r.tier, **forgetting_scores(frozen[r.model], load_features(r.folder))) for r in asked.itertuples()]
+    columns = ['cka','knn_before','knn','knn_change','change_se']
+    if not rows: return pd.DataFrame(columns=['model','tier','runs',*columns])
+    groups = pd.DataFrame(rows).groupby(['model','tier'], sort=False)
+    return groups[columns].mean().reset_index().assign(runs=groups.size().to_numpy())[['model','tier','runs',*columns]]
+
 # %% ../nbs/06_results.ipynb #4454244b
 def study_table(
     root:str|os.PathLike, # folder of a study
@@ -139,14 +156,15 @@ def study_table(
     block:int=-1,
     head:str='mean',
 )->pd.DataFrame: # per model and tier: metric; shift and its statistics; accuracy, balanced_accuracy, macro_f1 on the evaluation images, and with
- # 'test_' before them on the split's test images where it has some; means over seeds
+ # 'test_' before them on the split's test images where it has some; cka, knn, knn_change of `forgetting_table`; means over seeds
     "The result of a study."
     table,runs = shift_table(study_scores(root, metric, block, head)), complete_runs(root)
     table.insert(2, 'metric', metric)
     test = lambda scores: {f'test_{k}':v for k,v in scores.get('test', {}).items()}
     accuracy = pd.DataFrame([dict(model=r.model, tier=r.tier, **r.scores['eval'], **test(r.scores)) for r in runs[runs.tier!='frozen'].itertuples()])
     accuracy = accuracy.groupby(['model','tier'], as_index=False).mean()
-    return table.merge(accuracy, on=['model','tier'], how='left', validate='one_to_one')
+    for more in (accuracy, forgetting_table(root)[['model','tier','cka','knn','knn_change']]): table = table.merge(more, on=['model','tier'], how='left', validate='one_to_one')
+    return table
 
 # %% ../nbs/06_results.ipynb #9cc12d79
 def seeds_table(
