@@ -56,7 +56,7 @@ shift is zero by construction and was checked to be exactly zero. d_z and d_av c
 {{ '%.3f'|format(chance) }} and no map could score above {{ '%.3f'|format(ceiling) }}, on average over images.</p>
 {% if controls %}<h2>Is it the task?</h2><div class="wide">{{ controls }}</div>
 <p class="note">The same trainings with one thing changed: labels that say nothing, another question (its <i>classes</i>; accuracy is that of its answers), or a network that was not pretrained, whose shift counts from its own start. They are in no other table.</p><div class="wide">{{ verdicts }}</div>
-<p class="note"><i>task_driven</i>: <i>yes</i> where the shift is for the better and exceeds that of every control, each with its interval; empty where there is no such shift. <i>p_controls</i>: the largest p of the comparisons. Seeds are averaged and taken as given.</p>
+<p class="note"><i>task_driven</i>: <i>yes</i> where the shift is for the better and exceeds that of every control, each with its interval; <i>partly</i> where a kind of control was not run; empty where there is no such shift. <i>p_controls</i>: the largest p of the comparisons. Seeds are averaged and taken as given.</p>
 <details><summary>Tier minus control</summary><div class="wide">{{ control_contrasts }}</div><p class="note"><i>of</i>: what the control trains as, where it is not the tier itself.</p></details>{% endif %}
 {% if seeds %}<h2>Over seeds</h2><div class="wide">{{ seeds }}</div>
 <p class="note">The intervals above take the seeds as given. These ask what other churches and other seeds would have given: mean squares with Satterthwaite's degrees of freedom

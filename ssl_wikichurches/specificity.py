@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'control_scores', 'control_table', 'control_contrasts', 'beyond_controls', 'readable_result']
 
-# %% ../nbs/06_specificity.ipynb #76483df4
+# %% ../nbs/06_specificity.ipynb #ac03d098
 import os
 import pandas as pd
 from .controls import CONTROLS
@@ -15,7 +15,7 @@ from .iou_stats import bca_interval, by_church, holm, paired_shift, readable_tab
 from .metrics import PRIMARY
 from .results import _scores, complete_runs, higher_is_better, study_scores, study_table
 
-# %% ../nbs/06_specificity.ipynb #33e87252
+# %% ../nbs/06_specificity.ipynb #8795a404
 def control_scores(
     root:str|os.PathLike, # folder of a study
     metric:str=PRIMARY, # one of the metrics in metrics.parquet
@@ -33,7 +33,7 @@ def control_scores(
         parts.append(d.assign(model=r.model, tier=r.tier, seed=r.seed, church=d.image.map(church_id)))
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
-# %% ../nbs/06_specificity.ipynb #13710a58
+# %% ../nbs/06_specificity.ipynb #1be70333
 def control_table(
     root:str|os.PathLike, # folder of a study
     metric:str=PRIMARY, # one of the metrics in metrics.parquet
@@ -47,7 +47,7 @@ def control_table(
     table = shift_table(scores).merge(said, on=['model','tier'], how='left', validate='one_to_one')
     return table.assign(metric=metric, of=[tier_method(t).of for t in table.tier])[columns]
 
-# %% ../nbs/06_specificity.ipynb #297c33bb
+# %% ../nbs/06_specificity.ipynb #a302d4ca
 def _controls_of(tier, tiers):
     "Tiers among `tiers` that control `tier`: one of each kind, its own before those of full."
     found = {}
@@ -71,8 +71,8 @@ def control_contrasts(
             rows.append(dict(model=model, tier=tier, minus=c, of=tier_method(c).of, n=len(mine), shift=a.mean(), control_shift=b.mean(), difference=found['shift'], low=float(low), high=float(high), t=found['t'], p=found['p']))
     return pd.DataFrame(rows, columns=['model','tier','minus','of','n','shift','control_shift','difference','low','high','t','p'])
 
-# %% ../nbs/06_specificity.ipynb #5b7f6da2
-VERDICTS = ('yes','no','no controls','') # '': no shift for the better, so there is nothing to explain
+# %% ../nbs/06_specificity.ipynb #fc629953
+VERDICTS = ('yes','no','partly','no controls','') # 'partly': beyond those that were run, but one kind is missing; '': no shift for the better, so there is nothing to explain
 
 def _verdict(row, up, contrasts):
     "Fields of one row of `beyond_controls`; `up`: more of the metric is better."
@@ -81,9 +81,10 @@ def _verdict(row, up, contrasts):
     if not clear(row): return empty
     if contrasts.empty: return empty|dict(task_driven='no controls')
     won,known = [clear(r) for r in contrasts.itertuples()],[tier_method(t).control for t in contrasts.minus]
+    missing = ', '.join(c for c in CONTROLS if c not in known)
     p = [r.p if (r.difference>0)==up else 1. for r in contrasts.itertuples()]
     names = lambda wanted: ', '.join(c for c,w in zip(contrasts.minus, won) if w==wanted)
-    return dict(task_driven='yes' if all(won) else 'no', beyond=names(True), not_beyond=names(False), missing=', '.join(c for c in CONTROLS if c not in known), p_controls=max(p))
+    return dict(task_driven='no' if not all(won) else 'partly' if missing else 'yes', beyond=names(True), not_beyond=names(False), missing=missing, p_controls=max(p))
 
 def beyond_controls(
     root:str|os.PathLike, # folder of a study
@@ -96,7 +97,7 @@ def beyond_controls(
     out = table[['model','tier','shift','low','high']].reset_index(drop=True).join(pd.DataFrame(said))
     return out.assign(p_holm=holm(out.p_controls))
 
-# %% ../nbs/06_specificity.ipynb #879151d0
+# %% ../nbs/06_specificity.ipynb #7a23cd0e
 def readable_result(
     root:str|os.PathLike, # folder of a study
     metric:str=PRIMARY, # one of the metrics in metrics.parquet
@@ -104,5 +105,5 @@ def readable_result(
     "The result of a study as text, with the verdict of its controls beside every positive shift."
     said = beyond_controls(root, metric).set_index(['model','tier']).task_driven
     text = readable_table(study_table(root, metric))
-    text.insert(text.columns.get_loc('p_holm')+1, 'task_driven', said.reindex(text.index).fillna(''))
+    text.insert(text.columns.get_loc('high')+1, 'task_driven', said.reindex(text.index).fillna(''))
     return text
