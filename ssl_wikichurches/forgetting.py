@@ -39,7 +39,7 @@ def _similarities(x, debiased):
     rows = k.sum(1)/(n-2)
     u = k-rows-rows[:,None]+k.sum()/((n-1)*(n-2))
     np.fill_diagonal(u, 0)
-    if (size := np.linalg.norm(u))<1e-12*np.trace(x@x.T): raise ValueError("all images are equally far apart: there is nothing to align")
+    if (size := np.linalg.norm(u))<1e-12*(x*x).sum(): raise ValueError("all images are equally far apart: there is nothing to align")
     return u/size
 
 # %% ../nbs/01c_forgetting.ipynb #53e38b18
@@ -91,33 +91,36 @@ def held_out_churches(
         counts[answer] += 1
         if len(found)==n: return found
 
-# %% ../nbs/01c_forgetting.ipynb #1c8eb6a0
-def _edition(size, n): return f'towers-v{GENERATOR_VERSION}-seed{HELD_OUT_SEED}-n{n}-size{96 if size<=96 else 224}'
-
-def _drawn_task(path, side, n):
-    "The file with the photographs, drawn if it is not there yet."
-    if not path.is_file():
-        images = torch.stack([compressed(draw_church(CLASSES[style], (HELD_OUT_SEED,i), side)[0]) for i,_,style,_ in held_out_churches(n)])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda p: p.write_bytes(save(dict(images=images))))
-    return _read(path)[0]['images']
-
-def held_out_task(
-    size:int, # side of the encoder's input, in pixels
-    n:int=240, # photographs, a multiple of 16
-)->tuple: # images (n, 3, size, size) uint8; answers (n), positions in `ANSWERS`; (n) bool, the half that votes first
-    "Photographs of churches with two towers or none."
-    churches = np.array(held_out_churches(n))
-    side = 96 if size<=96 else 224
-    images = _drawn_task(cache_dir()/f'{_edition(size, n)}.safetensors', side, n)
-    return resize(images, [size,size], antialias=True) if size!=side else images,churches[:,1],churches[:,3]==0
-
 # %% ../nbs/01c_forgetting.ipynb #cc9d2ed4
 def _read(path):
     "Tensors and texts of a safetensors file. ValueError if it is damaged."
     try:
         with safe_open(path, 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}): delete it, and it is made again") from e
+
+# %% ../nbs/01c_forgetting.ipynb #1c8eb6a0
+def _drawn_at(size): return 96 if size<=96 else 224
+
+def _edition(size, n): return f'towers-v{GENERATOR_VERSION}-seed{HELD_OUT_SEED}-n{n}-size{_drawn_at(size)}'
+
+def _draw_task(path, side, n):
+    "Write the file of a task: photographs, answers, and the half that votes first."
+    churches = held_out_churches(n)
+    images = torch.stack([compressed(draw_church(CLASSES[style], (HELD_OUT_SEED,i), side)[0]) for i,_,style,_ in churches])
+    _,answers,_,half = torch.tensor(churches).T
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda p: p.write_bytes(save(dict(images=images, answers=answers.contiguous(), train=half==0))))
+
+def held_out_task(
+    size:int, # side of the encoder's input, in pixels
+    n:int=240, # photographs, a multiple of 16
+)->tuple: # images (n, 3, size, size) uint8; answers (n), positions in `ANSWERS`; (n) bool, the half that votes first
+    "Photographs of churches with two towers or none, drawn if they are not there yet."
+    path = cache_dir()/f'{_edition(size, n)}.safetensors'
+    if not path.is_file(): _draw_task(path, _drawn_at(size), n)
+    task,_ = _read(path)
+    images = task['images'] if size==_drawn_at(size) else resize(task['images'], [size,size], antialias=True)
+    return images,task['answers'].numpy(),task['train'].numpy()
 
 # %% ../nbs/01c_forgetting.ipynb #1b3a71f1
 FEATURES_FORMAT = 1 # of the files; a reader refuses others
@@ -211,7 +214,9 @@ def forgetting_scores(
     k:int=20, # neighbors that vote
 )->dict: # cka; knn after, its standard error knn_se, knn_before; knn_change and its paired standard error change_se
     "How much the features changed, and what they can no longer tell."
-    if before.images!=after.images: raise ValueError(f"features of {len(before.images)} and {len(after.images)} photographs, which are not the same in the same order: measure both runs on one split")
+    if before.images!=after.images:
+        raise ValueError(f"features of {len(before.images)} and {len(after.images)} photographs, not the same ones in the same order: "
+                         "measure both runs on one split")
     a,b = ((f.header.task, f.header.size) for f in (before,after))
     if a!=b: raise ValueError(f"the held-out task was {a[0]} at {a[1]} pixels before and {b[0]} at {b[1]} after: measure both runs again")
     x,y = _right(before, k),_right(after, k)
