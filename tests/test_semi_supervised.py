@@ -1,9 +1,11 @@
 "Semi-supervised fine-tuning: which photographs may be used, which labels count, and what must stay the supervised training."
 from dataclasses import asdict, replace
-import json, math
+from concurrent.futures import ThreadPoolExecutor
+import json, math, shutil
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 from scipy.special import logsumexp, softmax
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -12,12 +14,15 @@ from ssl_wikichurches import finetune, semi_supervised
 from ssl_wikichurches.attn_supervised import BoxedOrder
 from ssl_wikichurches.backbones import load_backbone
 from ssl_wikichurches.data import CLASSES, ChurchDataset, church_id, read_churches, train_transform
+from ssl_wikichurches.download import load_churches, synthetic_folder
+from ssl_wikichurches.experiments import Study, run_study
 from ssl_wikichurches.finetune import StyleModel, make_recipe, new_classifier
 from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
 from ssl_wikichurches.semi_supervised import (KINDS, LABEL_FILE, SelfTeacher, SemiSupervisedRecipe, UnlabelledTerm, best_of_class, check_pool, energy_limit, fit_semi_supervised,
                                               hide_labels, label_pool, label_quality, own_chance, pseudo_labels, read_pseudo_labels, recipe_views, strong_transform, teaching,
                                               unlabelled, unlabelled_loss, view_batches)
-from ssl_wikichurches.splits import class_labels, make_split
+from ssl_wikichurches.splits import class_labels, load_split, make_split
+from ssl_wikichurches.synthetic import read_hidden_styles
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns=['images_per_second','extra_loss'], errors='ignore')
@@ -29,6 +34,10 @@ def few(data):
     "Labels of three tenths of the training churches; the hidden truth."
     churches,split,truth = hide_labels(data.churches, data.split, .3)
     return replace(data, churches=churches, split=replace(split, val=split.val[::2])),truth
+
+def drawn_without(data):
+    "The photographs that the drawn set has without a label."
+    return data.churches.images.index[data.churches.images.church.isin(read_hidden_styles(data.churches.root).index)]
 
 def sized(data, name): return replace(data, size=model(name).spec.size)
 
@@ -62,7 +71,7 @@ def with_pool(folder):
 def test_the_pool_knows_no_held_out_church(few):
     d,truth = few
     pool,owner = unlabelled(d.churches, d.split),d.churches.images.church
-    assert sorted(pool)==sorted(truth.index)
+    assert {*pool}=={*truth.index,*drawn_without(d)}
     s = d.split
     held = {*s.train,*s.val,*s.eval,*s.test}
     assert not {*pool}&held and not {church_id(n) for n in pool}&{church_id(n) for n in held}
@@ -322,10 +331,25 @@ def test_supervised_bit_for_bit(few, name, how):
     assert len(semi.pseudo_labels)==0 if how in ('weight','empty') else (len(semi.pseudo_labels)>0 and not semi.pseudo_labels.accepted.any())
     if how in ('pseudo','fixmatch'): assert (semi.history.extra_loss==0).all()
 
-def test_a_set_without_unlabelled_photographs_is_trained_as_supervised(data):
-    assert unlabelled(data.churches, data.split)==()
-    short = dict(SHORT, epochs=1)
-    assert same(fit_full(load_backbone('tiny-clip'), data, FullRecipe(**short)).state, fit_semi_supervised(load_backbone('tiny-clip'), data, SemiSupervisedRecipe(**short)).state)
+def test_the_default_set_has_a_pool_and_hides_what_it_is(data, tmp_path):
+    "Sixty photographs; a folder that cannot say what they are gives the same training."
+    pool = unlabelled(data.churches, data.split)
+    assert {*pool}=={*drawn_without(data)} and len(pool)==60 and not {*pool}&{*class_labels(data.churches, 'hierarchy').index}
+    shutil.copytree(data.churches.root, root := tmp_path/'set')
+    for n in ('hidden_styles.json','truth.parquet'): (root/n).unlink()
+    blind,recipe = replace(data, churches=read_churches(root, verify=False)),SemiSupervisedRecipe(**dict(LOOSE, epochs=1))
+    a,b = (fit_semi_supervised(load_backbone('tiny-clip'), o, recipe) for o in (data, blind))
+    assert same(a.state, b.state) and a.pseudo_labels.accepted.any()
+    pd.testing.assert_frame_equal(a.pseudo_labels, b.pseudo_labels, check_exact=True)
+
+def test_a_study_trains_it_by_name(tmp_path):
+    study = Study('semi', models=('tiny-clip',), tiers=('linear','full','semi_supervised'), recipes=dict(linear=dict(epochs=1), full=dict(epochs=1), semi_supervised=dict(tau=.4, passing=1.)))
+    with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
+    said = read_pseudo_labels(root/'tiny-clip-semi_supervised-seed0')
+    churches = load_churches('synthetic')
+    assert {*said.image}=={*unlabelled(churches, load_split(root/'split.json'))} and said.accepted.any()
+    a,b = (load_file(root/f'tiny-clip-{t}-seed0'/'model.safetensors') for t in ('full','semi_supervised'))
+    assert a.keys()==b.keys() and not same(a, b)
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_kinds_learn_restore_and_say_what_they_did(few, kind, tmp_path):
@@ -443,4 +467,6 @@ def test_several_processes_are_refused(few, monkeypatch):
     with pytest.raises(ValueError, match='one process'): fit_semi_supervised(load_backbone('tiny-clip'), few[0], SemiSupervisedRecipe())
 
 def test_data_without_unlabelled_photographs_is_refused(data):
-    with pytest.raises(ValueError, match='no photograph without a label'): fit_semi_supervised(None, data, SemiSupervisedRecipe())
+    bare = replace(data, churches=read_churches(synthetic_folder(unlabelled=0), verify=False))
+    assert unlabelled(bare.churches, bare.split)==()
+    with pytest.raises(ValueError, match='no photograph without a label'): fit_semi_supervised(None, bare, SemiSupervisedRecipe())

@@ -8,10 +8,12 @@ from PIL import Image
 from ssl_wikichurches import synthetic
 from ssl_wikichurches.data import CLASSES, STYLES, read_churches
 from ssl_wikichurches.download import EDITIONS, load_churches, synthetic_folder
+from ssl_wikichurches.experiments import data_key
 from ssl_wikichurches.parts import DRAWN, ONTOLOGY, Pen, draw_part
 from ssl_wikichurches.scene import CUES, make_tile, texture
-from ssl_wikichurches.synthetic import (SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church, read_truth,
-                                        representative)
+from ssl_wikichurches.splits import class_labels, evaluation_split, make_split
+from ssl_wikichurches.synthetic import (ECLECTIC, SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church,
+                                        read_hidden_styles, read_truth, representative)
 
 def files(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob('*') if p.is_file()}
 def annotations(root): return json.loads((root/'building_parts.json').read_text())
@@ -61,34 +63,36 @@ def test_global_random_state_is_left_alone():
 # ---- the folder
 
 def test_layout_is_complete(default):
-    assert sorted(p.name for p in default.iterdir())==['building_parts.json','churches.json','images','parent_child_rel.txt','style_names.txt','truth.parquet']
+    assert sorted(p.name for p in default.iterdir())==['building_parts.json','churches.json','hidden_styles.json','images','parent_child_rel.txt','style_names.txt','truth.parquet']
     churches,names = json.loads((default/'churches.json').read_text()),[p.name for p in (default/'images').iterdir()]
-    assert len(names)==420 and {o.split('_')[0] for o in names}==set(churches)
+    assert len(names)==480 and {o.split('_')[0] for o in names}==set(churches)
     assert all(k==v['id'] and set(v)=={'id','name','built_year','styles','country','location'} for k,v in churches.items())
-    assert (default/'style_names.txt').read_text().splitlines()==[f'{k} {v}' for k,v in STYLES.items()]
+    assert (default/'style_names.txt').read_text().splitlines()==[f'{k} {v}' for k,v in (STYLES|ECLECTIC).items()]
     for name in names[::40]:
         with Image.open(default/'images'/name) as image: assert image.size==(96,96) and image.mode=='RGB'
 
 def test_the_reader_takes_it_without_problems(default):
     churches = read_churches(default)
-    assert len(churches.problems)==0 and len(churches.images)==420 and churches.images.annotated.sum()==60
+    assert len(churches.problems)==0 and len(churches.images)==480 and churches.images.annotated.sum()==60
 
 def test_imbalance_and_annotated_churches(default):
     churches = json.loads((default/'churches.json').read_text())
-    counts = Counter(churches[p.name.split('_')[0]]['styles'][0] for p in (default/'images').iterdir())
+    named = [churches[p.name.split('_')[0]]['styles'] for p in (default/'images').iterdir()]
+    counts = Counter(s[0] for s in named if s and s[0] in STYLES)
+    assert sum(counts.values())==420 and named.count([])==40 and named.count([*ECLECTIC])==20
     assert set(counts)==set(STYLES) and min(counts.values())>=45 and max(counts.values())>2*min(counts.values())
     annotated = list(annotations(default)['annotations'])
     assert len(annotated)==60==len({o.split('_')[0] for o in annotated})
 
 def test_country_says_nothing_about_style(default):
-    rows = [(c['country']['name'], c['styles'][0]) for c in json.loads((default/'churches.json').read_text()).values()]
+    rows = [(c['country']['name'], c['styles'][0]) for c in json.loads((default/'churches.json').read_text()).values() if {*c['styles']}&{*STYLES}]
     from scipy.stats import chi2_contingency
     table = pd.crosstab(pd.Series([r[0] for r in rows]), pd.Series([r[1] for r in rows]))
     assert table.shape==(3,4) and chi2_contingency(table).pvalue>.001
 
 def test_some_churches_have_several_photographs(default):
     photos = Counter(p.name.split('_')[0] for p in (default/'images').iterdir())
-    assert set(photos.values())=={1,2,3} and 380<=len(photos)<=400
+    assert set(photos.values())=={1,2,3} and 430<=len(photos)<=460
     church = next(k for k,v in photos.items() if v>1)
     assert (default/'images'/f'{church}_wd0.jpg').read_bytes()!=(default/'images'/f'{church}_wd1.jpg').read_bytes()
 
@@ -121,6 +125,67 @@ def test_box_counts(n):
 def test_editions(tmp_path):
     assert load_churches('synthetic-shortcut').root!=load_churches('synthetic').root
     assert synthetic_folder('synthetic-mixed', tmp_path, n=4, n_annotated=1).parent==tmp_path
+
+    assert synthetic_folder(cache=tmp_path, n=4, n_annotated=1).name=='synthetic-v2-n4-n_annotated1-size96-seed0' # the folders of before
+    names = {k:load_churches(k).root.name for k in ('synthetic','synthetic-shortcut','synthetic-mixed')}
+    assert all('-unlabelled60' in n for n in names.values()) and len({*names.values()})==3
+
+# ---- photographs without a label
+
+def without(root, *names): return {k:v for k,v in files(root).items() if k not in names}
+GROWS = ('churches.json','style_names.txt','truth.parquet','hidden_styles.json')
+
+@pytest.mark.parametrize('evidence', ('parts','shortcut'))
+def test_unlabelled_photographs_change_nothing_before_them(tmp_path, evidence):
+    how = dict(n=30, n_annotated=8, size=64, seed=4, several=.3, evidence=evidence)
+    a,b = make_churches(tmp_path/'a', **how),make_churches(tmp_path/'b', **how, unlabelled=17)
+    before,after = without(a, *GROWS),without(b, *GROWS)
+    new = {*after}-{*before}
+    assert before.items()<=after.items() and len(new)==17 and all(k.startswith('images/') for k in new)
+    assert min(new)>max(k for k in before if k.startswith('images/'))
+    old,all_of = (json.loads((o/'churches.json').read_text()) for o in (a, b))
+    assert [*all_of.items()][:len(old)]==[*old.items()]
+    assert (b/'style_names.txt').read_text().startswith((a/'style_names.txt').read_text()) and not (a/'hidden_styles.json').exists()
+    one,other = read_truth(a),read_truth(b)
+    pd.testing.assert_frame_equal(other.iloc[:len(one)], one, check_exact=True)
+    assert files(make_churches(tmp_path/'c', **how, unlabelled=0))==files(a) and files(make_churches(tmp_path/'d', **how, unlabelled=17))==files(b)
+
+@pytest.mark.parametrize('labels', ('leaf','hierarchy'))
+def test_splits_and_keys_of_the_default_set_are_those_without_them(default, labels):
+    a,b = read_churches(synthetic_folder(unlabelled=0)),read_churches(default)
+    assert len(b.images)-len(a.images)==60 and class_labels(a, labels).equals(class_labels(b, labels)) and a.boxes.equals(b.boxes)
+    for split in (make_split, evaluation_split): assert split(a, labels)==split(b, labels) and data_key(a, split(a, labels))==data_key(b, split(b, labels))
+    assert labels!='leaf' or data_key(b, make_split(b))=='f70fdede5ee0cc47' # as before there were any
+
+def test_nameless_and_eclectic_churches(default):
+    churches,hidden = json.loads((default/'churches.json').read_text()),read_hidden_styles(default)
+    new = [*churches][391:]
+    assert [*hidden.index]==new and set(hidden.map(len))=={1,2} and all(len({*s})==len(s) and {*s}<={*CLASSES} for s in hidden)
+    for i,(q,s) in enumerate(hidden.items()):
+        c = churches[q]
+        assert c['styles']==([*ECLECTIC] if len(s)>1 else []) and (len(s)>1)==(i%3==2)
+        assert c['built_year'] is None and not any(o in json.dumps(c) for o in (*CLASSES,*STYLES)) # nothing tells
+    single = hidden[hidden.map(len)==1].str[0].value_counts()
+    assert single.reindex(CLASSES).tolist()==[11,12,5,10]
+    assert {*hidden[hidden.map(len)==2].str[0]}=={*CLASSES} # each leads
+
+def test_unlabelled_churches_are_drawn_from_their_hidden_styles(tmp_path):
+    root = make_churches(tmp_path/'a', n=6, n_annotated=0, size=64, seed=2, evidence='shortcut', unlabelled=12)
+    truth,hidden,own = read_truth(root),read_hidden_styles(root),[]
+    for name,rows in truth[truth.slot=='cue'].groupby('image'):
+        church = name.split('_')[0]
+        if church in hidden: own.append((name,hidden[church]))
+    assert len(own)>=4 and any(len(s)==2 for _,s in own) # those whose banner can be seen
+    for name,styles in own:
+        q,photo = name.removesuffix('.jpg').split('_wd')
+        i = int(q[1:])-synthetic.FIRST_CHURCH
+        image,_ = draw_church(styles, (2,i), 64, int(photo), 'shortcut')
+        image.save(tmp_path/'again.jpg', **synthetic.JPEG)
+        assert (tmp_path/'again.jpg').read_bytes()==(root/'images'/name).read_bytes()
+        assert synthetic._cue(styles, np.random.default_rng([2,i,1,int(photo)]), 'shortcut', 1.)==CLASSES.index(styles[0])
+
+def test_hidden_styles_only_where_there_are_any(tmp_path):
+    with pytest.raises(FileNotFoundError, match='without unlabelled photographs'): read_hidden_styles(make_churches(tmp_path/'a', n=4, n_annotated=0, size=64))
 
 # ---- the whole truth
 
@@ -264,7 +329,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match='strength'): draw_church('Gothic', 0, strength=1.5)
     with pytest.raises(ValueError, match='no part is called'): draw_part('Pointed Window')
     for match,bad in {'n_annotated':dict(n=5, n_annotated=6), 'at least one':dict(n=0, n_annotated=0), 'below 64':dict(n=5, n_annotated=1, size=10),
-                      'evidence':dict(evidence='sky'), 'imbalance':dict(imbalance='none'), 'strength':dict(strength=-1), 'several':dict(several=1.)}.items():
+                      'evidence':dict(evidence='sky'), 'imbalance':dict(imbalance='none'), 'strength':dict(strength=-1), 'several':dict(several=1.), 'unlabelled':dict(unlabelled=-1)}.items():
         with pytest.raises(ValueError, match=match): make_churches(tmp_path/'a', **bad)
     assert not (tmp_path/'a').exists()
     (tmp_path/'b').mkdir(); (tmp_path/'b'/'notes.txt').write_text('mine')
