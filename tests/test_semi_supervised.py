@@ -343,7 +343,7 @@ def test_the_default_set_has_a_pool_and_hides_what_it_is(data, tmp_path):
     pd.testing.assert_frame_equal(a.pseudo_labels, b.pseudo_labels, check_exact=True)
 
 def test_a_study_trains_it_by_name(tmp_path):
-    study = Study('semi', models=('tiny-clip',), tiers=('linear','full','semi_supervised'), recipes=dict(linear=dict(epochs=1), full=dict(epochs=1), semi_supervised=dict(tau=.4, passing=1.)))
+    study = Study('semi', models=('tiny-clip',), tiers=('linear','full','semi_supervised'), recipes=dict(linear=dict(epochs=1), full=dict(epochs=1, lr=1e-2, backbone_lr=2e-4), semi_supervised=dict(tau=.3, passing=1.)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
     said = read_pseudo_labels(root/'tiny-clip-semi_supervised-seed0')
     churches = load_churches('synthetic')
