@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOXED', 'plain_errors', 'read_recipes', 'compose_study', 'wikichurches_study', 'wikichurches_report',
-           'wikichurches_tensorboard', 'wikichurches_download', 'wikichurches_prepare', 'wikichurches_pretrain_tiny',
-           'wikichurches_probe_tiny']
+           'wikichurches_tensorboard', 'wikichurches_paths', 'wikichurches_download', 'wikichurches_prepare',
+           'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import tomllib
@@ -16,9 +16,10 @@ from fastcore.script import Param, call_parse, store_true
 from .archive import ZENODO
 from .backbones import TINY
 from .download import SELECTIONS, download_churches, source_folder, synthetic_folder, verify_churches
-from .experiments import DEMO, Study, load_study, run_study
+from .experiments import DEMO, Study, best_device, load_study, run_study
 from .iou_stats import readable_table
 from .metrics import PRIMARY
+from .paths import mean_paths, paths_plot, study_paths
 from .prepare import prepare, prepare_report
 from .probe import probe_churches, probe_table, window_table
 from .report import save_results, write_report
@@ -123,6 +124,23 @@ def wikichurches_tensorboard(
 ):
     "Write the histories of a study for TensorBoard. Again, while the study runs: the same files grow."
     with plain_errors('wikichurches_tensorboard'): print(f'histories of {len(to_tensorboard(root, log))} runs: tensorboard --logdir {log}')
+
+# %% ../nbs/07_cli.ipynb #f95c155a
+@call_parse
+def wikichurches_paths(
+    root:str, # folder of a study with linear runs
+    tiers:str=None, # at the other end of the lines, with commas; all that have a line where not given
+    part:str='val', # photographs that accuracy is said of: val, eval or test
+    out:str=None, # CSV file for the table
+    figure:str=None, # PNG file for accuracy and shift along the lines
+    device:str='', # cpu, cuda, ...; a GPU where there is one
+):
+    "Accuracy and shift of attention on the straight lines of weights from linear probes to fine-tuned models."
+    with plain_errors('wikichurches_paths'):
+        table = mean_paths(study_paths(root, tiers and tuple(t.strip() for t in tiers.split(',')), part=part, device=device or best_device()))
+        print(table.round(4).to_string(index=False))
+        if out: table.to_csv(out, index=False, float_format='%.9g')
+        if figure: paths_plot(table)[0,0].figure.savefig(figure, format='png')
 
 # %% ../nbs/07_cli.ipynb #342129c8
 @call_parse
