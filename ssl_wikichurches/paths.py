@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['no_line', 'own_start', 'study_path', 'Paths', 'study_paths', 'mean_paths', 'path_bends', 'paths_plot']
 
-# %% ../nbs/06a_paths.ipynb #da6bacea
+# %% ../nbs/06a_paths.ipynb #01b9401e
 import json, os
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from .maps import load_maps
 from .results import load_run, read_study
 from .splits import load_split
 
-# %% ../nbs/06a_paths.ipynb #a48be1a9
+# %% ../nbs/06a_paths.ipynb #deb490f4
 def no_line(
     tier:str, # such as 'full' or 'lora-r4'
 )->str: # the reason; '' where there is a line
@@ -35,7 +35,7 @@ def no_line(
     if method.restore is restore_block_expansion: return "it adds blocks that the frozen backbone has not: give the start the same blocks (`expand`), and use `straight_path` on the two models"
     return ''
 
-# %% ../nbs/06a_paths.ipynb #eda090f5
+# %% ../nbs/06a_paths.ipynb #efe7ee2b
 def _folders(root, model, tier, seed): return [Path(root)/f'{model}-{t}-seed{seed}' for t in ('linear',tier)]
 
 def _lacking(root, line): return [f.name for f in _folders(root, *line) if not (f/'run.json').is_file()]
@@ -50,7 +50,7 @@ def _check_line(study, model, tier, seed):
 def _check_there(root, line):
     if lacks := _lacking(root, line): raise FileNotFoundError(f"{' and '.join(lacks)}: not complete (no run.json). Start the study again: only what is missing runs")
 
-# %% ../nbs/06a_paths.ipynb #5a4db4e1
+# %% ../nbs/06a_paths.ipynb #a8470bfb
 def own_start(
     linear:Run, # at alpha 0
     run:Run, # at alpha 1
@@ -59,7 +59,7 @@ def own_start(
     probe = linear.recipe
     return run.tier.partition('-')[0]=='lp_ft' and probe['solver']=='logistic' and not probe['views'] and probe['class_weights']==run.recipe['class_weights']
 
-# %% ../nbs/06a_paths.ipynb #071193e4
+# %% ../nbs/06a_paths.ipynb #3fac582b
 def _run(folder): return Run(**json.loads((folder/'recipe.json').read_text()))
 
 def _path(folders, alphas):
@@ -70,7 +70,7 @@ def _path(folders, alphas):
     if tier.restore is restore_lora and not recipe.dora: return start,lora_path(start, recipe, load_file(folders[1]/'model.safetensors'), alphas)
     return start,straight_path(start, StyleModel(*load_run(folders[1])), alphas)
 
-# %% ../nbs/06a_paths.ipynb #8c4749ae
+# %% ../nbs/06a_paths.ipynb #afc5ef38
 def _points(root, study, churches, line, alphas, part, q, device):
     "What `path_points` gives, of a line whose ends are there."
     folders,split = _folders(root, *line),load_split(Path(root)/'split.json')
@@ -96,7 +96,7 @@ def study_path(
     _check_line(study, *line); _check_there(root, line)
     return path_table(_points(root, study, load_churches(study.data, study.on_error, verify=False), line, alphas, part, q, device))
 
-# %% ../nbs/06a_paths.ipynb #92162c59
+# %% ../nbs/06a_paths.ipynb #c01d64c2
 class Paths(NamedTuple):
     "Lines of a study."
     table:pd.DataFrame # model, tier, seed, alpha; own_start; accuracy, balanced_accuracy, macro_f1, iou, delta, low, high, churches
@@ -133,7 +133,7 @@ def study_paths(
     first = ['model','tier','seed','alpha','own_start']
     return Paths(table[first+[c for c in table if c not in first]], pd.concat(images, ignore_index=True)[['model','tier','seed','alpha','image','iou']])
 
-# %% ../nbs/06a_paths.ipynb #ea9b9d63
+# %% ../nbs/06a_paths.ipynb #9ad1beec
 def _ious(paths):
     "Model, tier, and the IoU of its photographs by alpha, mean over seeds."
     for (model,tier),g in paths.images.groupby(['model','tier'], sort=False):
@@ -150,7 +150,7 @@ def mean_paths(
     table = pd.DataFrame(rows).merge(scores, on=['model','tier','alpha'], validate='one_to_one')
     return table[['model','tier','alpha',*means,'iou','delta','low','high','churches']]
 
-# %% ../nbs/06a_paths.ipynb #c8fa6b10
+# %% ../nbs/06a_paths.ipynb #2b005efe
 def path_bends(
     paths:Paths, # with alphas 0, 1 and some between
 )->pd.DataFrame: # model, tier, alpha (without the ends); share of the shift; bend with its 95 % interval bend_low to bend_high, over churches
@@ -164,7 +164,7 @@ def path_bends(
             rows.append(dict(model=model, tier=tier, alpha=a, share=reached/whole if whole else float('nan'), bend=bend['delta'], bend_low=bend['low'], bend_high=bend['high']))
     return pd.DataFrame(rows, columns=['model','tier','alpha','share','bend','bend_low','bend_high'])
 
-# %% ../nbs/06a_paths.ipynb #c88996e5
+# %% ../nbs/06a_paths.ipynb #b54f7754
 def paths_plot(
     table:pd.DataFrame, # of `mean_paths`
 ): # axes (2, models)
