@@ -9,6 +9,7 @@ __all__ = ['HELD_OUT_SEED', 'ANSWERS', 'FEATURES_FORMAT', 'linear_cka', 'knn_acc
 # %% ../nbs/01c_forgetting.ipynb #ab82da07
 import json, os
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
 import numpy as np, torch
@@ -77,9 +78,10 @@ HELD_OUT_SEED = 1137 # of the churches of the task, and of no others
 ANSWERS = ('none','two') # towers
 _HALVES = 2*len(CLASSES)*len(ANSWERS) # images in the smallest task that is balanced
 
+@cache # plans are slow to draw
 def held_out_churches(
     n:int=240, # multiple of 16
-)->list: # (number of the church, answer, style, half) as ints, n of them
+)->tuple: # (number of the church, answer, style, half) as ints, n of them
     "Churches of the task: as many of each style with each answer in each half."
     if n<1 or n%_HALVES: raise ValueError(f"n is {n}: expected a multiple of {_HALVES}, to balance answers, styles and halves")
     found,counts = [],[0]*len(ANSWERS)
@@ -89,7 +91,7 @@ def held_out_churches(
         half,style = divmod(counts[answer], len(CLASSES))
         found.append((i, answer, style, half%2))
         counts[answer] += 1
-        if len(found)==n: return found
+        if len(found)==n: return tuple(found)
 
 # %% ../nbs/01c_forgetting.ipynb #cc9d2ed4
 def _read(path):
