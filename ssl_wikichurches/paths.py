@@ -31,6 +31,7 @@ def no_line(
     "Why no line leads from the linear probe to a tier."
     method = tier_method(tier)
     if tier=='linear': return "every line begins there: name the tier at its other end"
+    if method.control: return "it is a control, and its classes or its first weights are not those of the probe"
     if hasattr(method.recipe(), 'fold'): return "its runs used boxes, and each is the model of one fold: read them by `supervised_table`"
     if method.restore is restore_block_expansion: return "it adds blocks that the frozen backbone has not: give the start the same blocks (`expand`), and use `straight_path` on the two models"
     return ''

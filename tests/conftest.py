@@ -25,6 +25,12 @@ def data():
     return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
 
 @pytest.fixture(scope='session')
+def few(data):
+    "Ten of these photographs of each style, for what is trained often."
+    y = data.labels[list(data.split.train)]
+    return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(10).index), val=data.split.val[::3]))
+
+@pytest.fixture(scope='session')
 def images(data): return next(iter(data.loader('eval', 4)))[0]
 
 @pytest.fixture(scope='session')

@@ -235,7 +235,7 @@ def test_the_task_tells_trained_from_untrained(before, evaluated):
 def test_real_weights_know_the_task(real):
     source = f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}"
     churches = read_churches(real/'photos'); names = sorted(churches.boxes.image.unique())
-    photos = ChurchDataset(churches, names, eval_transform(160))
-    backbone = load_backbone(source, size=160)
+    photos = ChurchDataset(churches, names, eval_transform(96))
+    backbone = load_backbone(source, size=96)
     found = forgetting_scores(run_features(backbone, photos), run_features(random_twin(backbone), photos))
-    assert found['knn_before']>.8 and found['knn']<.68 and found['knn_change']<-4*found['change_se'] and found['cka']<.5
+    assert found['knn_before']>.75 and found['knn']<.68 and found['knn_change']<-4*found['change_se'] and found['cka']<.5
