@@ -25,7 +25,7 @@ def data():
     return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
 
 @pytest.fixture(scope='session')
-def few(data):
+def forty(data):
     "Ten of these photographs of each style, for what is trained often."
     y = data.labels[list(data.split.train)]
     return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(10).index), val=data.split.val[::3]))

@@ -63,18 +63,18 @@ def test_a_step_of_length_zero_moves_nothing(name, tier, still, data, images):
 
 @pytest.mark.parametrize('name', TINY)
 @pytest.mark.parametrize('tier', list(TIERS))
-def test_what_is_saved_is_what_was_measured(name, tier, few, images):
+def test_what_is_saved_is_what_was_measured(name, tier, forty, images):
     recipe = make_recipe(TIERS[tier].recipe, epochs=1, lr=1e-3)
-    fitted = TIERS[tier].fit(load_backbone(name), few, recipe, seed=1)
+    fitted = TIERS[tier].fit(load_backbone(name), forty, recipe, seed=1)
     again = TIERS[tier].restore(load_backbone(name), recipe, fitted.state).requires_grad_(False)
     assert torch.equal(pooled_maps(again, images), pooled_maps(fitted.backbone.requires_grad_(False), images))
     moved = (pooled_maps(again, images)-frozen_maps(name, images)).abs().max()
     assert moved==0 if tier=='linear' else moved>0
 
 @pytest.mark.parametrize('tier', list(TIERS))
-def test_same_seed_same_numbers(tier, few):
+def test_same_seed_same_numbers(tier, forty):
     recipe = make_recipe(TIERS[tier].recipe, epochs=2)
-    a,b,c = (TIERS[tier].fit(load_backbone('tiny-clip'), few, recipe, seed=s) for s in (0,0,1))
+    a,b,c = (TIERS[tier].fit(load_backbone('tiny-clip'), forty, recipe, seed=s) for s in (0,0,1))
     assert numbers(a).equals(numbers(b)) and all(torch.equal(v, b.state[k]) for k,v in a.state.items())
     assert not numbers(a).equals(numbers(c))
 

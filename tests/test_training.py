@@ -35,10 +35,10 @@ def killed_after(monkeypatch, steps):
     monkeypatch.setattr(finetune, '_backward', step)
 
 @pytest.fixture(scope='module')
-def trained(few):
+def trained(forty):
     "How a tier is trained, and what comes out without a break."
     def fit(tier, folder=None): # three steps an epoch
-        return TIERS[tier].fit(load_backbone('tiny-clip'), few, make_recipe(TIERS[tier].recipe, epochs=3, lr=1e-3, batch=14), 5, 'cpu', folder)
+        return TIERS[tier].fit(load_backbone('tiny-clip'), forty, make_recipe(TIERS[tier].recipe, epochs=3, lr=1e-3, batch=14), 5, 'cpu', folder)
     return fit,cache(fit)
 
 @pytest.mark.parametrize('steps', [2, 3, 8]) # before the first checkpoint, with it, and late
