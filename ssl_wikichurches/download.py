@@ -31,6 +31,7 @@ _DEFAULT = dict(n=420, n_annotated=60, size=96, seed=0, unlabelled=60)
 EDITIONS = { # source -> arguments of `make_churches`
     'synthetic': _DEFAULT,
     'synthetic-shortcut': _DEFAULT|dict(evidence='shortcut'), # style shows in the color of a banner, and in nothing else
+    'synthetic-shortcut-large': _DEFAULT|dict(n=800, evidence='shortcut'), # enough of them for a toy to find that out
     'synthetic-mixed': _DEFAULT|dict(evidence='mixed'), # in the banner and in the parts
     'synthetic-full': dict(n=4727, n_annotated=139, size=224, seed=0, imbalance='real', several=0.)} # counts of the real set
 

@@ -44,7 +44,7 @@ th:first-child,tbody th,.shift td:last-child{text-align:left;vertical-align:top}
 <p>Study <b>{{ study.name }}</b> on <b>{{ study.data }}</b>: {{ n_images }} held-out images of {{ n_churches }} churches,
 {{ view.in_view }} of {{ view.boxes }} boxes in view (geometry <i>{{ study.geometry }}</i>). The measure is <b>{{ metric }}</b> of the last block,
 mean over heads; the shift is after minus before, per church.</p>
-{% if study.data=='synthetic' %}<p class="note">These churches are drawn by the package, and their boxes by the drawing program. Numbers on them
+{% if study.data.startswith('synthetic') %}<p class="note">These churches are drawn by the package, and their boxes by the drawing program. Numbers on them
 say whether the instrument works, not what real models do.</p>{% endif %}
 {% if missing %}<p class="missing"><b>Not complete:</b> {{ missing|length }} runs are missing, and p_holm covers only the rows below.
 {{ missing|join(', ') }}</p>{% endif %}
