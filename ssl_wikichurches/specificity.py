@@ -94,8 +94,8 @@ def beyond_controls(
     contrasts,up = control_contrasts(root, metric),higher_is_better(metric)
     table = shift_table(study_scores(root, metric)).query("tier!='linear'")
     said = [_verdict(r, up, contrasts[(contrasts.model==r.model)&(contrasts.tier==r.tier)]) for r in table.itertuples()]
-    out = table[['model','tier','shift','low','high']].reset_index(drop=True).join(pd.DataFrame(said))
-    return out.assign(p_holm=holm(out.p_controls))
+    out = table[['model','tier','shift','low','high']].reset_index(drop=True).join(pd.DataFrame(said, columns=['task_driven','beyond','not_beyond','missing','p_controls']))
+    return out.assign(p_holm=holm(out.p_controls.astype(float)))
 
 # %% ../nbs/06_specificity.ipynb #7a23cd0e
 def readable_result(

@@ -158,6 +158,12 @@ def test_controls_are_in_no_other_table(root):
     assert {*beyond_controls(root).task_driven}<={'no controls',''}
     assert not (save_results(root, root/'small')/'controls.csv').exists()
 
+def test_a_study_of_probes_alone(drawn, tmp_path):
+    study = Study('probes', data=str(drawn), models=('tiny-clip',), tiers=('linear',), size=64, val=.3, recipes=dict(linear=dict(epochs=1)))
+    with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
+    assert beyond_controls(root).empty and control_contrasts(root).empty
+    assert [*readable_result(root).task_driven]==['']
+
 def planted(root, tier, by):
     "Raise the score of a tier's runs, by a little more for one church than for the next."
     for folder in root.glob(f'tiny-clip-{tier}-seed*'):
