@@ -295,7 +295,7 @@ def test_other_metrics_and_unknown_ones(done):
 def test_report_shows_the_detail(done, tmp_path):
     html = write_report(done, tmp_path/'r.html').read_text()
     for word in ('p_step_down','p_bh','frozen_block','rank_correlation','mixed model, Wald','at least 5 churches','pooling head'): assert word in html, word
-    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<details>')==3 and len(html)<3_000_000
+    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<details>')==4 and len(html)<3_000_000
     assert '>NaN<' not in html.split('<h2>By style')[1].split('<h2>Accuracy')[0]
 
 def test_a_study_whose_churches_have_few_parts_says_so(root, monkeypatch):
