@@ -64,7 +64,8 @@ def test_a_step_of_length_zero_moves_nothing(name, tier, still, data, images):
 @pytest.mark.parametrize('name', TINY)
 @pytest.mark.parametrize('tier', list(TIERS))
 def test_what_is_saved_is_what_was_measured(name, tier, forty, images):
-    recipe = make_recipe(TIERS[tier].recipe, epochs=1, lr=1e-3)
+    more = dict(every=2) if tier=='block_expansion' else {} # one new block at the very end would leave the maps of the others as they were
+    recipe = make_recipe(TIERS[tier].recipe, epochs=1, lr=1e-3, **more)
     fitted = TIERS[tier].fit(load_backbone(name), forty, recipe, seed=1)
     again = TIERS[tier].restore(load_backbone(name), recipe, fitted.state).requires_grad_(False)
     assert torch.equal(pooled_maps(again, images), pooled_maps(fitted.backbone.requires_grad_(False), images))

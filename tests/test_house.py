@@ -114,7 +114,7 @@ def test_readme_index_makefile_and_ci_say_the_same():
     assert readme==index and len(readme)>=7
     makefile,ci = (ROOT/'Makefile').read_text(), (ROOT/'.ci'/'run').read_text()
     assert "pip install -e '.[dev]'" in readme and all("install -e '.[dev]'" in t for t in (makefile, ci))
-    for part in ('nbdev_test --n_workers 2', 'pytest -q -n 2 tests'):
+    for part in ('nbdev_test --n_workers 2', 'pytest -q -n 2 --dist loadfile tests'):
         assert part in ' '.join(readme) and part in makefile
     assert 'nbdev_test --n_workers 2' in ci and re.search(r'pytest -q -n 2.* tests', ci)
 
