@@ -22,9 +22,9 @@ from .paths import mean_paths, paths_plot, study_paths
 from .prepare import prepare, prepare_report
 from .probe import probe_churches, probe_table, window_table
 from .report import save_results, write_report
-from .results import baseline_table, seeds_table, to_tensorboard
+from .results import baseline_table, seeds_table, study_table, to_tensorboard
 from .shortcut import shortcut_table
-from .specificity import control_contrasts, readable_result
+from .specificity import beyond_controls, control_contrasts, readable_result
 from .supervision import supervised_table
 from .tiny import make_tiny
 from .views import load_photographs
@@ -99,7 +99,7 @@ def wikichurches_study(
                               geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error)
         root = run_study(study, runs, workers=workers, device=device, processes=processes, loaders=loaders)
         if not study.tiers: return print(baseline_table(root).round(4).to_string())
-        print(readable_result(root).to_string())
+        print(readable_result(study_table(root), beyond_controls(root)).to_string())
         if len(beyond := control_contrasts(root)): print('\nshift minus that of controls:\n'+beyond[BEYOND].round(4).to_string(index=False))
         if len(over := seeds_table(root)): print('\nover churches and seeds:\n'+over.round(4).to_string(index=False))
         if len(boxed := supervised_table(root)): print('\ntaught boxes, out of fold (in_fold: upper bound):\n'+boxed[BOXED].round(4).to_string(index=False, na_rep=''))

@@ -14,7 +14,6 @@ from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 from tqdm import tqdm
 from .block_expansion import restore_block_expansion
-from .data import Churches
 from .download import load_churches
 from .experiments import Run, Study, tier_method
 from .finetune import StyleModel, TrainData

@@ -201,12 +201,12 @@ def _taught(root, metric):
     show = lambda t: _html(t.round(4), index=False, na_rep='')
     return dict(price=_embed(fig), boxed=show(table.drop(columns=['metric','kind','t'])), boxed_contrasts=show(supervision_contrasts(root, metric)))
 
-def _controlled(root, metric):
+def _controlled(root, metric, verdicts):
     "What is reported of controls; nothing without any."
     table = control_table(root, metric)
     if table.empty: return {}
     show = lambda t: _html(t.round(4), index=False, na_rep='')
-    return dict(controls=show(table.drop(columns=['metric','t'])), verdicts=show(beyond_controls(root, metric)), control_contrasts=show(control_contrasts(root, metric)))
+    return dict(controls=show(table.drop(columns=['metric','t'])), verdicts=show(verdicts), control_contrasts=show(control_contrasts(root, metric)))
 
 def _starred(table, row, columns, value, p):
     "A number for each pair, with a star where p is below .05; rows and columns as they come."
@@ -258,9 +258,10 @@ def write_report(
     metric:str=PRIMARY,
 )->Path: # the file
     "Write a study's report as one HTML file."
-    table,text = study_table(root, metric),readable_result(root, metric)
+    table,verdicts = study_table(root, metric),beyond_controls(root, metric)
+    text = readable_result(table, verdicts)
     accuracy = text[[c for c in text if c.endswith(('accuracy','macro_f1','cka')) or c.startswith('knn')]]
-    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), **_controlled(root, metric), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False), forgotten=_html(lost.round(3), index=False) if len(lost := forgetting_table(root, 'all')) else '',
+    shown = dict(forest=_embed(_forest(table, metric)), slopes=_embed(_slopes(table, metric)), least=LEAST, **_detail(root, metric), **_beside(root, metric), **_taught(root, metric), **_controlled(root, metric, verdicts), table=_html(text.drop(columns=accuracy.columns)), accuracy=_html(accuracy), costs=_html(cost_table(root).round(1), index=False), forgotten=_html(lost.round(3), index=False) if len(lost := forgetting_table(root, 'all')) else '',
                  seeds=_html(over.round(4), index=False) if len(over := seeds_table(root, metric)) else '',
                  strips=_pictures(root, table, metric))
     html = Environment(autoescape=True).from_string(TEMPLATE).render(**_facts(root, metric), **shown)

@@ -74,16 +74,16 @@ def _scores(folder, metric, block, head, columns='value', name='metrics.parquet'
     wanted = known[block]
     return d[d.block==wanted].set_index('image')[columns]
 
-def _beside_frozen(root, score):
-    "`score(run)`, a series by image, of every fine-tuned run beside that of its model's frozen run."
-    runs = complete_runs(root)
-    before = {r.model:score(r) for r in runs[runs.tier=='frozen'].itertuples()}
-    parts = []
-    for r in runs[(runs.tier!='frozen')&runs.model.isin(before)].itertuples():
-        d = pd.DataFrame(dict(before=before[r.model], after=score(r))).rename_axis('image').reset_index()
+def _beside_frozen(root, score, kind='plain', start=lambda run: None):
+    "`score(run)`, a series by image, of every fine-tuned run of a kind beside its own `start(run)`, or else that of its model's frozen run."
+    runs,columns,parts = complete_runs(root, kind),['model','tier','seed','image','church','before','after'],[]
+    frozen = {r.model:score(r) for r in complete_runs(root).query("tier=='frozen'").itertuples()}
+    for r in runs[runs.tier!='frozen'].itertuples():
+        if (before := start(r)) is None and (before := frozen.get(r.model)) is None: continue
+        d = pd.DataFrame(dict(before=before, after=score(r))).rename_axis('image').reset_index()
         parts.append(d.assign(model=r.model, tier=r.tier, seed=r.seed, church=d.image.map(church_id)))
-    if not parts: raise FileNotFoundError(f"{root} holds no fine-tuned run beside a frozen one")
-    return pd.concat(parts, ignore_index=True)[['model','tier','seed','image','church','before','after']]
+    if not parts and kind=='plain': raise FileNotFoundError(f"{root} holds no fine-tuned run beside a frozen one")
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 def study_scores(
     root:str|os.PathLike, # folder of a study

@@ -9,11 +9,10 @@ __all__ = ['VERDICTS', 'control_scores', 'control_table', 'control_contrasts', '
 import os
 import pandas as pd
 from .controls import CONTROLS
-from .data import church_id
 from .experiments import tier_method
 from .iou_stats import bca_interval, by_church, holm, paired_shift, readable_table, shift_table
 from .metrics import PRIMARY
-from .results import _scores, complete_runs, higher_is_better, study_scores, study_table
+from .results import _beside_frozen, _scores, complete_runs, higher_is_better, study_scores
 
 # %% ../nbs/06_specificity.ipynb #8795a404
 def control_scores(
@@ -23,15 +22,9 @@ def control_scores(
     head:str='mean', # 'mean' over heads, or the number of one
 )->pd.DataFrame: # model, tier, seed, image, church, before (of an untrained network: its own start), after; may be empty
     "Scores per image before and after the trainings of controls."
-    read = lambda folder, **where: _scores(folder, metric, block, head, **where)
-    frozen = {r.model:read(r.folder) for r in complete_runs(root).query("tier=='frozen'").itertuples()}
-    columns,parts = ['model','tier','seed','image','church','before','after'],[]
-    for r in complete_runs(root, 'control').itertuples():
-        own = (r.folder/'start.parquet').is_file()
-        if not own and r.model not in frozen: continue
-        d = pd.DataFrame(dict(before=read(r.folder, name='start.parquet') if own else frozen[r.model], after=read(r.folder))).rename_axis('image').reset_index()
-        parts.append(d.assign(model=r.model, tier=r.tier, seed=r.seed, church=d.image.map(church_id)))
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    read = lambda r, name='metrics.parquet': _scores(r.folder, metric, block, head, name=name)
+    start = lambda r: read(r, 'start.parquet') if (r.folder/'start.parquet').is_file() else None
+    return _beside_frozen(root, read, 'control', start)
 
 # %% ../nbs/06_specificity.ipynb #1be70333
 def control_table(
@@ -99,11 +92,10 @@ def beyond_controls(
 
 # %% ../nbs/06_specificity.ipynb #7a23cd0e
 def readable_result(
-    root:str|os.PathLike, # folder of a study
-    metric:str=PRIMARY, # one of the metrics in metrics.parquet
+    table:pd.DataFrame, # of `study_table`
+    verdicts:pd.DataFrame, # of `beyond_controls`, for the same study and metric
 )->pd.DataFrame: # text, indexed by model and tier: of `readable_table`, with the column task_driven
     "The result of a study as text, with the verdict of its controls beside every positive shift."
-    said = beyond_controls(root, metric).set_index(['model','tier']).task_driven
-    text = readable_table(study_table(root, metric))
+    said,text = verdicts.set_index(['model','tier']).task_driven,readable_table(table)
     text.insert(text.columns.get_loc('high')+1, 'task_driven', said.reindex(text.index).fillna(''))
     return text

@@ -162,7 +162,7 @@ def test_a_study_of_probes_alone(drawn, tmp_path):
     study = Study('probes', data=str(drawn), models=('tiny-clip',), tiers=('linear',), size=64, val=.3, recipes=dict(linear=dict(epochs=1)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
     assert beyond_controls(root).empty and control_contrasts(root).empty
-    assert [*readable_result(root).task_driven]==['']
+    assert [*readable_result(study_table(root), beyond_controls(root)).task_driven]==['']
 
 def planted(root, tier, by):
     "Raise the score of a tier's runs, by a little more for one church than for the next."
@@ -176,7 +176,7 @@ def test_the_verdict_on_planted_shifts(root):
     planted(root, 'full', .3)
     row = lambda: beyond_controls(root).set_index('tier').loc['full']
     assert row().task_driven=='yes' and row().beyond=='random_labels, other_task, random_init' and row().missing=='' and row().p_controls<.001
-    assert 'yes' in [*readable_result(root).task_driven]
+    assert 'yes' in [*readable_result(study_table(root), beyond_controls(root)).task_driven]
     planted(root, 'other_task', .3)
     assert (row().task_driven, row().beyond, row().not_beyond)==('no','random_labels, random_init','other_task')
     planted(root, 'full', -.6)
