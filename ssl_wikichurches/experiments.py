@@ -22,7 +22,7 @@ from .atomic import available_cores, worker_pool, write_file, write_json
 from .attn_supervised import AttnSupervisedRecipe, fit_attn_supervised
 from .backbones import Backbone, load_backbone
 from .block_expansion import BlockExpansionRecipe, fit_block_expansion, restore_block_expansion
-from .checkpoint import read_tensors, write_tensors
+from .atomic import read_tensors, write_tensors
 from .coin import CoinRecipe, fit_coin
 from .controls import CONTROLS, Control
 from .core_tuning import CoreTuningRecipe, fit_core_tuning

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from .attention import artifact_patches, maps_and_prefix, received_maps
 from .backbones import Backbone, BackboneSpec
-from .checkpoint import read_tensors, write_tensors
+from .atomic import read_tensors, write_tensors
 
 # %% ../nbs/05b_maps.ipynb #36439c37
 FORMAT = 2 # of the files; a reader refuses others

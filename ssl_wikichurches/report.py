@@ -18,7 +18,7 @@ from .data import boxes_in_view
 from .detail import Example, best_block_table, best_heads, block_table, draw_examples, examples, head_grid, head_table, part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs
 from .download import load_churches
 from .atomic import write_file
-from .checkpoint import write_tensors
+from .atomic import write_tensors
 from .metrics import PRIMARY
 from .plots import block_plot, forest_plot, grid_plot, price_plot, ranking_plot, slope_plot
 from .results import complete_runs, cost_table, forgetting_table, missing_runs, read_study, robustness_table, seeds_table, study_scores, study_table

@@ -10,7 +10,7 @@ from ssl_wikichurches.attention import artifact_patches, capture_attention, maps
 from ssl_wikichurches.backbones import TINY, load_backbone, save_backbone
 from ssl_wikichurches.block_expansion import (BlockExpansionRecipe, added_blocks, added_maps, block_mapping, block_state, branch_ends, collapse, expand, fit_block_expansion,
                                               identity_copy, restore_block_expansion)
-from ssl_wikichurches.checkpoint import read_tensors, write_tensors
+from ssl_wikichurches.atomic import read_tensors, write_tensors
 from ssl_wikichurches.download import load_churches
 from ssl_wikichurches.experiments import TIERS, Study, Tier, measure, run_study
 from ssl_wikichurches.finetune import StyleModel, TrainData, make_recipe, new_classifier

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from timm_models import timm_model
 from ssl_wikichurches import finetune
 from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.checkpoint import read_tensors
+from ssl_wikichurches.atomic import read_tensors
 from ssl_wikichurches.coin import CoinLoss, CoinRecipe, class_cosines, class_pairs, fit_coin
 from ssl_wikichurches.core_tuning import ContrastiveModel, CoreTuningRecipe, Projector, fit_contrastive, fit_core_tuning, supcon_loss
 from ssl_wikichurches.finetune import make_recipe, new_classifier

@@ -306,7 +306,7 @@ def test_the_same_seed_and_a_killed_training_end_with_the_same_bits(data, tmp_pa
         m.setattr(finetune, '_backward', step)
         with pytest.raises(Killed): fit(tmp_path)
     kept = finetune.Checkpoint(tmp_path/'checkpoint.safetensors', '').path
-    from ssl_wikichurches.checkpoint import read_tensors
+    from ssl_wikichurches.atomic import read_tensors
     assert any('projector' in k for k in read_tensors(kept)[0]) # it is in the checkpoint, and not in what is stored
     again = fit(tmp_path)
     assert same(again.state, whole.state) and not any('projector' in k for k in again.state)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from ssl_wikichurches import finetune
 from ssl_wikichurches.attention import pooled_maps
 from ssl_wikichurches.backbones import TINY, load_backbone
-from ssl_wikichurches.checkpoint import put_tensors, read_tensors, trained_tensors
+from ssl_wikichurches.atomic import read_tensors
+from ssl_wikichurches.checkpoint import put_tensors, trained_tensors
 from ssl_wikichurches.devices import Team
 from ssl_wikichurches.experiments import TIERS, Study, run_study
 from ssl_wikichurches.finetune import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
