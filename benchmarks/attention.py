@@ -12,8 +12,8 @@ import pandas as pd, torch
 from memory import peak_megabytes
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from transformers.utils import logging
-from ssl_wikichurches.attention import pooled_maps
-from ssl_wikichurches.backbones import BACKBONES, Backbone
+from ssl_wikichurches.attention.capture import pooled_maps
+from ssl_wikichurches.backbones.encoders import BACKBONES, Backbone
 
 def backbone(implementation):
     "DINOv2 with registers at ViT-B size, as the registry describes it, with random weights."

@@ -10,9 +10,9 @@ import numpy as np, torch
 from PIL import Image
 from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2 import functional as VF
-from ssl_wikichurches.data import CLASSES, STYLES, ChurchDataset, eval_transform, read_churches
-from ssl_wikichurches.prepare import prepare, prepare_report
-from ssl_wikichurches.synthetic import draw_church
+from ssl_wikichurches.data.churches import CLASSES, STYLES, ChurchDataset, eval_transform, read_churches
+from ssl_wikichurches.data.prepare import prepare, prepare_report
+from ssl_wikichurches.data.synthetic import draw_church
 
 def masters(n, rng):
     "Large pictures: drawn churches, enlarged, with stone-like texture at several scales and grain."
@@ -65,7 +65,7 @@ def long_jpeg(path, w=15008, blocks=625):
 def peak_memory(path, side):
     "Largest memory of a fresh process that opens the picture, less that of one that opens nothing; MB and seconds."
     # VmHWM and not ru_maxrss, which starts from the memory of the process that started this one
-    code = ("import re,sys,time; from ssl_wikichurches.codec import open_image; t = time.time(); side = int(sys.argv[2]) or None\n"
+    code = ("import re,sys,time; from ssl_wikichurches.data.codec import open_image; t = time.time(); side = int(sys.argv[2]) or None\n"
             "if sys.argv[1]: open_image(sys.argv[1], side)\n"
             "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024, time.time()-t)")
     run = lambda p: [float(v) for v in subprocess.run([sys.executable, '-c', code, p, str(side or 0)], capture_output=True, text=True, check=True).stdout.split()]

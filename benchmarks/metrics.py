@@ -15,10 +15,10 @@ from scipy.optimize import linprog
 from scipy.sparse import identity, kron, vstack
 from scipy.stats import wasserstein_distance_nd
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
-from ssl_wikichurches.data import box_mask
-from ssl_wikichurches.measures import EPS, PRIOR_EPS
-from ssl_wikichurches.metrics import upsample
-from ssl_wikichurches.scores import BYTES_PER_PIXEL, score_maps
+from ssl_wikichurches.data.churches import box_mask
+from ssl_wikichurches.attention.measures import EPS, PRIOR_EPS
+from ssl_wikichurches.attention.metrics import upsample
+from ssl_wikichurches.attention.scores import BYTES_PER_PIXEL, score_maps
 
 def top(flat, k):
     kept = np.zeros(flat.size, bool)

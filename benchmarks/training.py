@@ -12,15 +12,15 @@ from memory import peak_megabytes
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from ssl_wikichurches.attn_supervised import AttnSupervisedRecipe, fit_attn_supervised
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.data import ChurchDataset, eval_transform, train_transform
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.finetune import StyleModel, TrainData, new_classifier, train
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full, parameter_groups
-from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear
-from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora
-from ssl_wikichurches.splits import make_split
+from ssl_wikichurches.finetune.attn_supervised import AttnSupervisedRecipe, fit_attn_supervised
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.data.churches import ChurchDataset, eval_transform, train_transform
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.finetune.training import StyleModel, TrainData, new_classifier, train
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full, parameter_groups
+from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear
+from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters, fit_lora
+from ssl_wikichurches.data.splits import make_split
 
 class WithLoss(torch.nn.Module):
     "What `Trainer` wants of a model: the loss, from the batch."

@@ -13,21 +13,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from fastcore.script import Param, call_parse, store_true
-from .archive import ZENODO
-from .backbones import TINY
-from .download import SELECTIONS, download_churches, source_folder, synthetic_folder, verify_churches
-from .experiments import DEMO, Study, best_device, load_study, run_study
-from .metrics import PRIMARY
-from .paths import mean_paths, paths_plot, study_paths
-from .prepare import prepare, prepare_report
-from .probe import probe_churches, probe_table, window_table
-from .report import save_results, write_report
-from .results import baseline_table, seeds_table, study_table, to_tensorboard
-from .shortcut import shortcut_table
-from .specificity import beyond_controls, control_contrasts, readable_result
-from .supervision import supervised_table
-from .tiny import make_tiny
-from .views import load_photographs
+from .data.archive import ZENODO
+from .backbones.encoders import TINY
+from .data.download import SELECTIONS, download_churches, source_folder, synthetic_folder, verify_churches
+from .study.experiments import DEMO, Study, best_device, load_study, run_study
+from .attention.metrics import PRIMARY
+from .study.paths import mean_paths, paths_plot, study_paths
+from .data.prepare import prepare, prepare_report
+from .backbones.probe import probe_churches, probe_table, window_table
+from .study.report import save_results, write_report
+from .study.results import baseline_table, seeds_table, study_table, to_tensorboard
+from .finetune.shortcut import shortcut_table
+from .study.specificity import beyond_controls, control_contrasts, readable_result
+from .study.supervision import supervised_table
+from .backbones.tiny import make_tiny
+from .data.views import load_photographs
 
 # %% ../nbs/07_cli.ipynb #c239b70b
 @contextmanager

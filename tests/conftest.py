@@ -3,10 +3,10 @@ import os, shutil
 from dataclasses import replace
 from pathlib import Path
 import pytest
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.finetune import TrainData
-from ssl_wikichurches.splits import make_split
-from ssl_wikichurches.synthetic import make_churches
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.finetune.training import TrainData
+from ssl_wikichurches.data.splits import make_split
+from ssl_wikichurches.data.synthetic import make_churches
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):

@@ -1,7 +1,7 @@
 "Files that are whole or absent, and workers that do not outlive the program that started them."
 import os, signal, subprocess, sys, time
 import pytest
-from ssl_wikichurches.atomic import available_cores, worker_pool, write_file
+from ssl_wikichurches.data.files import available_cores, worker_pool, write_file
 
 def test_a_worker_is_another_process_and_starts_as_told(tmp_path):
     with worker_pool(1, os.chdir, tmp_path) as pool:
@@ -9,7 +9,7 @@ def test_a_worker_is_another_process_and_starts_as_told(tmp_path):
     assert 1<=available_cores()<=os.cpu_count()
 
 def test_workers_end_with_their_parent(tmp_path):
-    (tmp_path/'go.py').write_text("import os, time\nfrom ssl_wikichurches.atomic import worker_pool\n"
+    (tmp_path/'go.py').write_text("import os, time\nfrom ssl_wikichurches.data.files import worker_pool\n"
         "if __name__=='__main__':\n    pool = worker_pool(1)\n    print(pool.submit(os.getpid).result(), flush=True)\n    time.sleep(60)\n")
     parent = subprocess.Popen([sys.executable, str(tmp_path/'go.py')], stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())

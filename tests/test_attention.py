@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig
 from timm_models import timm_model
-from ssl_wikichurches import backbones
-from ssl_wikichurches.attention import (AttentionCall, artifact_patches, attention_weights, capture_attention, fuse_heads, maps_and_prefix, mask_patches,
+from ssl_wikichurches.backbones import encoders as backbones
+from ssl_wikichurches.attention.capture import (AttentionCall, artifact_patches, attention_weights, capture_attention, fuse_heads, maps_and_prefix, mask_patches,
                                         pooled_maps, prefix_mass, read_pooled, received_maps, regrid)
-from ssl_wikichurches.backbones import BACKBONES, TINY, Backbone, load_backbone
+from ssl_wikichurches.backbones.encoders import BACKBONES, TINY, Backbone, load_backbone
 
 HUGGING = [k for k in TINY if k!='tiny-supervised']
 TOLERANCE = 1e-6
@@ -394,7 +394,7 @@ def test_heads_and_rows_with_every_option():
                 torch.testing.assert_close(attention_weights(q, k, heads=heads, rows=slice(2,5), **options), whole[:,heads,2:5], atol=1e-6, rtol=1e-5)
 
 def test_nothing_is_computed_that_is_not_asked_for(monkeypatch):
-    from ssl_wikichurches import attention
+    from ssl_wikichurches.attention import capture as attention
     def refuse(*args, **kwargs): raise AssertionError('weights were computed')
     monkeypatch.setattr(attention, 'attention_weights', refuse); monkeypatch.setattr(attention, '_mha_weights', refuse); monkeypatch.setattr(attention, '_mha_value', refuse)
     b = load_backbone('tiny-siglip')

@@ -5,16 +5,17 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from timm_models import timm_model
-from ssl_wikichurches import attn_supervised, finetune
-from ssl_wikichurches.attention import capture_attention, pooled_maps
-from ssl_wikichurches.attn_supervised import (BOXES, KINDS, AttentionTerm, AttnSupervisedRecipe, BoxedOrder, attention_loss, box_donors, boxed_batches, check_crossfit, crossfit_folds,
+from ssl_wikichurches.finetune import attn_supervised
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.attention.capture import capture_attention, pooled_maps
+from ssl_wikichurches.finetune.attn_supervised import (BOXES, KINDS, AttentionTerm, AttnSupervisedRecipe, BoxedOrder, attention_loss, box_donors, boxed_batches, check_crossfit, crossfit_folds,
                                               crossfit_parts, fit_attn_supervised, prior_mask, pull_loss, same_owner, stay_loss, supervised_maps, union_masks, weight_at)
-from ssl_wikichurches.backbones import attention_projections, load_backbone
-from ssl_wikichurches.data import ChurchDataset, eval_transform
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.finetune import TrainData, make_recipe
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
-from ssl_wikichurches.splits import make_split
+from ssl_wikichurches.backbones.encoders import attention_projections, load_backbone
+from ssl_wikichurches.data.churches import ChurchDataset, eval_transform
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.finetune.training import TrainData, make_recipe
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
+from ssl_wikichurches.data.splits import make_split
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns='images_per_second')
@@ -225,8 +226,8 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(data, monkeypatch):
             x0,y0,x1,y1 = (round(192*v) for v in (r.left, r.top, r.left+r.width, r.top+r.height))
             image[:,y0:y1,x0:x1] = 1
         return tv_tensors.Image(image)
-    monkeypatch.setattr('ssl_wikichurches.data._load', painted)
-    monkeypatch.setattr('ssl_wikichurches.data.v2.ColorJitter.transform', lambda self, x, params: x)
+    monkeypatch.setattr('ssl_wikichurches.data.churches._load', painted)
+    monkeypatch.setattr('ssl_wikichurches.data.churches.v2.ColorJitter.transform', lambda self, x, params: x)
     images,boxes = next(iter(boxed_batches(data, names, 12, seed=1)))
     masks = union_masks(boxes, 96)
     white = images.mean(1)>.5

@@ -8,13 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from ssl_wikichurches import attribution, backbones
-from ssl_wikichurches.attention import artifact_patches, fuse_heads, maps_and_prefix, mask_patches, pooled_maps
-from ssl_wikichurches.attribution import (attention_flow, gmar, gmar_weights, grad_cam, gradient_attention, predicted_class, rollout,
+from ssl_wikichurches.attention import attribution
+from ssl_wikichurches.backbones import encoders as backbones
+from ssl_wikichurches.attention.capture import artifact_patches, fuse_heads, maps_and_prefix, mask_patches, pooled_maps
+from ssl_wikichurches.attention.attribution import (attention_flow, gmar, gmar_weights, grad_cam, gradient_attention, predicted_class, rollout,
                                           token_rollout, value_norm, value_vectors)
-from ssl_wikichurches.backbones import BACKBONES, TINY, load_backbone
-from ssl_wikichurches.data import ChurchDataset, eval_transform
-from ssl_wikichurches.download import load_churches
+from ssl_wikichurches.backbones.encoders import BACKBONES, TINY, load_backbone
+from ssl_wikichurches.data.churches import ChurchDataset, eval_transform
+from ssl_wikichurches.data.download import load_churches
 
 TIMM = dict(eva='vit_base_patch16_dinov3', registers='vit_base_patch14_reg4_dinov2', latent='vit_base_patch16_siglip_224')
 ALL = (*TINY, *TIMM)

@@ -6,8 +6,8 @@ import pytest, timm, torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, CLIPConfig, CLIPModel, Dinov2WithRegistersForImageClassification, SiglipConfig, SiglipModel,
                           ViTMAEForPreTraining)
-from ssl_wikichurches import backbones
-from ssl_wikichurches.backbones import BACKBONES, HALF, IMAGENET, OPENAI, TINY, attention_projections, load_backbone, save_backbone
+from ssl_wikichurches.backbones import encoders as backbones
+from ssl_wikichurches.backbones.encoders import BACKBONES, HALF, IMAGENET, OPENAI, TINY, attention_projections, load_backbone, save_backbone
 
 HUGGING = [k for k in TINY if k!='tiny-supervised']
 

@@ -7,18 +7,19 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches import results, yardsticks
-from ssl_wikichurches.attention import fuse_heads, pooled_maps
-from ssl_wikichurches.backbones import TINY, Backbone, attention_projections, load_backbone, save_backbone
-from ssl_wikichurches.baselines import baseline_maps, edge_maps, prior_maps, saliency_maps, suppress_border
-from ssl_wikichurches.controls import random_twin
-from ssl_wikichurches.data import ChurchDataset, box_mask, eval_transform
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.experiments import Study, run_study
-from ssl_wikichurches.maps import load_maps
-from ssl_wikichurches.metrics import auroc, iou_at_percentile, upsample
-from ssl_wikichurches.results import read_study, study_scores
-from ssl_wikichurches.yardsticks import FAMILY, IDENTICAL_MAPS, border_scores, border_table, compare_yardsticks, yardstick_scores, yardstick_table
+from ssl_wikichurches.study import results
+from ssl_wikichurches.study import yardsticks
+from ssl_wikichurches.attention.capture import fuse_heads, pooled_maps
+from ssl_wikichurches.backbones.encoders import TINY, Backbone, attention_projections, load_backbone, save_backbone
+from ssl_wikichurches.attention.baselines import baseline_maps, edge_maps, prior_maps, saliency_maps, suppress_border
+from ssl_wikichurches.finetune.controls import random_twin
+from ssl_wikichurches.data.churches import ChurchDataset, box_mask, eval_transform
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.attention.maps import load_maps
+from ssl_wikichurches.attention.metrics import auroc, iou_at_percentile, upsample
+from ssl_wikichurches.study.results import read_study, study_scores
+from ssl_wikichurches.study.yardsticks import FAMILY, IDENTICAL_MAPS, border_scores, border_table, compare_yardsticks, yardstick_scores, yardstick_table
 
 close = lambda x, y, tol=1e-9: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tol, rtol=0)
 def textured(seed, n=2, s=96): # photographs have more of the low frequencies

@@ -5,18 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest, timm, torch
 from torch import nn
 from timm_models import timm_model
-from ssl_wikichurches import backbones, finetune
-from ssl_wikichurches.attention import artifact_patches, capture_attention, maps_and_prefix, pooled_maps, received_maps
-from ssl_wikichurches.backbones import TINY, load_backbone, save_backbone
-from ssl_wikichurches.block_expansion import (BlockExpansionRecipe, added_blocks, added_maps, block_mapping, block_state, branch_ends, collapse, expand, fit_block_expansion,
+from ssl_wikichurches.backbones import encoders as backbones
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.attention.capture import artifact_patches, capture_attention, maps_and_prefix, pooled_maps, received_maps
+from ssl_wikichurches.backbones.encoders import TINY, load_backbone, save_backbone
+from ssl_wikichurches.finetune.block_expansion import (BlockExpansionRecipe, added_blocks, added_maps, block_mapping, block_state, branch_ends, collapse, expand, fit_block_expansion,
                                               identity_copy, restore_block_expansion)
-from ssl_wikichurches.atomic import read_tensors, write_tensors
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.experiments import TIERS, Study, Tier, measure, run_study
-from ssl_wikichurches.finetune import StyleModel, TrainData, make_recipe, new_classifier
-from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters
-from ssl_wikichurches.maps import compute_maps, load_maps
-from ssl_wikichurches.splits import load_split
+from ssl_wikichurches.data.files import read_tensors, write_tensors
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.study.experiments import TIERS, Study, Tier, measure, run_study
+from ssl_wikichurches.finetune.training import StyleModel, TrainData, make_recipe, new_classifier
+from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters
+from ssl_wikichurches.attention.maps import compute_maps, load_maps
+from ssl_wikichurches.data.splits import load_split
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224','vit_base_patch14_reg4_dinov2','deit3_small_patch16_224','eva02_base_patch14_224','beit_base_patch16_224')
 MODELS = (*TINY,*TIMM)

@@ -7,13 +7,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from timm_models import timm_model
-from ssl_wikichurches import finetune
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.atomic import read_tensors
-from ssl_wikichurches.coin import CoinLoss, CoinRecipe, class_cosines, class_pairs, fit_coin
-from ssl_wikichurches.core_tuning import ContrastiveModel, CoreTuningRecipe, Projector, fit_contrastive, fit_core_tuning, supcon_loss
-from ssl_wikichurches.finetune import make_recipe, new_classifier
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.data.files import read_tensors
+from ssl_wikichurches.finetune.coin import CoinLoss, CoinRecipe, class_cosines, class_pairs, fit_coin
+from ssl_wikichurches.finetune.core_tuning import ContrastiveModel, CoreTuningRecipe, Projector, fit_contrastive, fit_core_tuning, supcon_loss
+from ssl_wikichurches.finetune.training import make_recipe, new_classifier
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 NAMES = pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip',*TIMM)) # a class token, a pooling head, and timm's of either kind

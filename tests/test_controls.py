@@ -4,18 +4,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.controls import CONTROLS, LIGHT, Control, other_task, random_labels, random_twin, read_countries
-from ssl_wikichurches.data import church_id, read_churches
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.experiments import Study, measure, run_study, tier_method, tier_recipe
-from ssl_wikichurches.finetune import TrainData, make_recipe
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full
-from ssl_wikichurches.maps import load_maps
-from ssl_wikichurches.report import save_results, write_report
-from ssl_wikichurches.results import complete_runs, load_run, rescore, study_scores, study_table
-from ssl_wikichurches.specificity import beyond_controls, control_contrasts, control_scores, control_table, readable_result
-from ssl_wikichurches.splits import load_split, make_split
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.finetune.controls import CONTROLS, LIGHT, Control, other_task, random_labels, random_twin, read_countries
+from ssl_wikichurches.data.churches import church_id, read_churches
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.study.experiments import Study, measure, run_study, tier_method, tier_recipe
+from ssl_wikichurches.finetune.training import TrainData, make_recipe
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full
+from ssl_wikichurches.attention.maps import load_maps
+from ssl_wikichurches.study.report import save_results, write_report
+from ssl_wikichurches.study.results import complete_runs, load_run, rescore, study_scores, study_table
+from ssl_wikichurches.study.specificity import beyond_controls, control_contrasts, control_scores, control_table, readable_result
+from ssl_wikichurches.data.splits import load_split, make_split
 from timm_models import timm_model
 
 TIERS = ('full','block_expansion','random_labels','other_task','random_init','random_labels-block_expansion')
@@ -54,7 +54,7 @@ def test_labels_are_dealt_among_churches_and_within_parts(data, seed):
     assert dealt.labels.equals(random_labels(data, seed).labels) and not dealt.labels.equals(random_labels(data, seed+1).labels)
 
 def test_labels_of_a_church_with_several_photographs_stay_together(tmp_path):
-    from ssl_wikichurches.synthetic import make_churches
+    from ssl_wikichurches.data.synthetic import make_churches
     churches = read_churches(make_churches(tmp_path/'several', n=60, n_annotated=6, size=64, seed=3, several=.6))
     data = TrainData(churches, make_split(churches, val=.3), 64)
     owner = pd.Series([church_id(n) for n in data.split.train], list(data.split.train))

@@ -6,12 +6,13 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from timm_models import timm_model
-from ssl_wikichurches import core_tuning, finetune
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.core_tuning import (MIXES, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
+from ssl_wikichurches.finetune import core_tuning
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.finetune.core_tuning import (MIXES, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
                                           mixed_set, mixing_draws, plain_loss, published_pairs, same_labels, soft_cross_entropy, supcon_loss)
-from ssl_wikichurches.finetune import TrainData, make_recipe, new_classifier, train
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full, parameter_groups, restore_full
+from ssl_wikichurches.finetune.training import TrainData, make_recipe, new_classifier, train
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full, parameter_groups, restore_full
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 def model(name): return timm_model(name) if name in TIMM else load_backbone(name)
@@ -306,7 +307,7 @@ def test_the_same_seed_and_a_killed_training_end_with_the_same_bits(data, tmp_pa
         m.setattr(finetune, '_backward', step)
         with pytest.raises(Killed): fit(tmp_path)
     kept = finetune.Checkpoint(tmp_path/'checkpoint.safetensors', '').path
-    from ssl_wikichurches.atomic import read_tensors
+    from ssl_wikichurches.data.files import read_tensors
     assert any('projector' in k for k in read_tensors(kept)[0]) # it is in the checkpoint, and not in what is stored
     again = fit(tmp_path)
     assert same(again.state, whole.state) and not any('projector' in k for k in again.state)

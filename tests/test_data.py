@@ -4,10 +4,10 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision import tv_tensors
-from ssl_wikichurches.data import (GEOMETRIES, ChurchDataset, box_mask, boxes_in_view, clip_boxes, eval_transform, open_image,
+from ssl_wikichurches.data.churches import (GEOMETRIES, ChurchDataset, box_mask, boxes_in_view, clip_boxes, eval_transform, open_image,
                                    read_churches, train_transform)
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.splits import make_split
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.data.splits import make_split
 
 def edit(folder, name, change):
     d = json.loads((folder/name).read_text()); change(d); (folder/name).write_text(json.dumps(d))

@@ -8,15 +8,15 @@ from hypothesis import given, settings, strategies as st
 from matplotlib import pyplot as plt
 from scipy import stats
 from torch.nn import functional as F
-from ssl_wikichurches.data import STYLES, ChurchDataset, eval_transform, read_churches
-from ssl_wikichurches.detail import (FEW, best_block_table, best_heads, block_table, church_cells, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
+from ssl_wikichurches.data.churches import STYLES, ChurchDataset, eval_transform, read_churches
+from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, block_table, church_cells, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
                                      part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs)
-from ssl_wikichurches.experiments import Study, run_study
-from ssl_wikichurches.inference import moderation
-from ssl_wikichurches.maps import load_maps, save_maps
-from ssl_wikichurches.plots import block_plot, grid_plot, ranking_plot, slope_plot
-from ssl_wikichurches.report import write_report
-from ssl_wikichurches.results import study_scores, study_table
+from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.stats.inference import moderation
+from ssl_wikichurches.attention.maps import load_maps, save_maps
+from ssl_wikichurches.attention.plots import block_plot, grid_plot, ranking_plot, slope_plot
+from ssl_wikichurches.study.report import write_report
+from ssl_wikichurches.study.results import study_scores, study_table
 
 @pytest.fixture(scope='module')
 def done(drawn, tmp_path_factory):
@@ -299,7 +299,7 @@ def test_report_shows_the_detail(done, tmp_path):
     assert '>NaN<' not in html.split('<h2>By style')[1].split('<h2>Accuracy')[0]
 
 def test_a_study_whose_churches_have_few_parts_says_so(root, monkeypatch):
-    monkeypatch.setattr('ssl_wikichurches.report.LEAST', 13)
+    monkeypatch.setattr('ssl_wikichurches.study.report.LEAST', 13)
     html = write_report(root).read_text()
     assert 'No kind of building part is boxed in at least 13 churches.' in html and html.count('nothing to divide')==0
 

@@ -4,13 +4,14 @@ import torch, pandas as pd, pytest
 from dataclasses import replace
 from multiprocessing import get_context
 from torch.utils.data import DataLoader, TensorDataset
-from ssl_wikichurches import experiments, finetune
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.devices import BatchShares, Team, launch
-from ssl_wikichurches.experiments import Study, gpu_groups, run_study
-from ssl_wikichurches.maps import load_maps
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full
-from ssl_wikichurches.finetune_lora import LoraRecipe, fit_lora
+from ssl_wikichurches.study import experiments
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.finetune.devices import BatchShares, Team, launch
+from ssl_wikichurches.study.experiments import Study, gpu_groups, run_study
+from ssl_wikichurches.attention.maps import load_maps
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full
+from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
 
 RECIPES = dict(full=FullRecipe(epochs=2, batch=30, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=30, lr=1e-3, dropout=0.))
 FITS = dict(full=fit_full, lora=fit_lora)

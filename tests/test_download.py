@@ -3,10 +3,10 @@ import errno, io, multiprocessing, os, random, shutil, signal, stat, subprocess,
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
-from ssl_wikichurches import archive
-from ssl_wikichurches.archive import NoRange, open_remote_zip, pull, record_files, safe_members, save_member, serve_record, web_session
-from ssl_wikichurches.data import read_churches
-from ssl_wikichurches.download import choose_images, download_churches, load_churches, mirror_shards, read_manifest, unpack_shard, verify_churches
+from ssl_wikichurches.data import archive
+from ssl_wikichurches.data.archive import NoRange, open_remote_zip, pull, record_files, safe_members, save_member, serve_record, web_session
+from ssl_wikichurches.data.churches import read_churches
+from ssl_wikichurches.data.download import choose_images, download_churches, load_churches, mirror_shards, read_manifest, unpack_shard, verify_churches
 from record_server import REPO, RecordServer, record_of_noise, zipped
 
 FILES,PHOTOS = record_of_noise()
@@ -246,7 +246,7 @@ def test_a_file_appears_in_one_step(server, tmp_path, monkeypatch):
 def process():
     "Starts a function in a process of its own, quickly."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['ssl_wikichurches.download'])
+    context.set_forkserver_preload(['ssl_wikichurches.data.download'])
     def start(f, *args, **kw): p = context.Process(target=f, args=args, kwargs=kw); p.start(); return p
     return start
 
@@ -331,7 +331,7 @@ def test_full_disk_midway(server, tmp_path, monkeypatch, room):
 
 def test_the_system_refuses_a_larger_file(server, tmp_path):
     "No fault injected: the kernel ends the write at 300,000 bytes."
-    code = f"""import resource; from ssl_wikichurches.archive import *
+    code = f"""import resource; from ssl_wikichurches.data.archive import *
 session = web_session(); file = record_files(session, {server.base!r})['images.zip']
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 try: pull(session, file, {str(tmp_path/'z')!r})

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches import experiments
+from ssl_wikichurches.study import experiments
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.experiments import DEMO, Run, Study, execute, load_study, measure, run_study, study_runs
-from ssl_wikichurches.finetune import StyleModel, predict
-from ssl_wikichurches.detail import example_images, examples
-from ssl_wikichurches.report import load_examples, save_results, write_report
-from ssl_wikichurches.maps import load_maps
-from ssl_wikichurches.results import complete_runs, load_run, missing_runs, read_study, study_scores, study_table
+from ssl_wikichurches.study.experiments import DEMO, Run, Study, execute, load_study, measure, run_study, study_runs
+from ssl_wikichurches.finetune.training import StyleModel, predict
+from ssl_wikichurches.study.detail import example_images, examples
+from ssl_wikichurches.study.report import load_examples, save_results, write_report
+from ssl_wikichurches.attention.maps import load_maps
+from ssl_wikichurches.study.results import complete_runs, load_run, missing_runs, read_study, study_scores, study_table
 
 BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
 
@@ -69,9 +69,9 @@ def test_a_run_is_rebuilt_to_the_last_bit(done, tier):
         assert json.loads((folder/'run.json').read_text())['scores']['eval']['accuracy']==pytest.approx((logits.argmax(1)==t).double().mean().item())
 
 def test_metrics_can_be_computed_again_from_the_maps(done):
-    from ssl_wikichurches.data import ChurchDataset, church_id, eval_transform
-    from ssl_wikichurches.download import load_churches
-    from ssl_wikichurches.scores import score_maps
+    from ssl_wikichurches.data.churches import ChurchDataset, church_id, eval_transform
+    from ssl_wikichurches.data.download import load_churches
+    from ssl_wikichurches.attention.scores import score_maps
     stored = load_maps(done/'tiny-clip-full-seed0')
     names,maps = stored.images,stored.maps
     items = ChurchDataset(load_churches(read_study(done).data), names, eval_transform(64))

@@ -4,16 +4,16 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy import stats
 from torch import nn
-from ssl_wikichurches.attention import pooled_maps
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.data import CLASSES, box_mask
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.faithfulness import (Matched, area_shifts, before_and_after, blank_images, box_maps, box_summary, box_test, curve_areas, matched_boxes,
+from ssl_wikichurches.attention.capture import pooled_maps
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.data.churches import CLASSES, box_mask
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.stats.faithfulness import (Matched, area_shifts, before_and_after, blank_images, box_maps, box_summary, box_test, curve_areas, matched_boxes,
                                            matched_sets, occlude, occlusion_maps, patch_ranks, perturbation_curves, pixel_rectangles)
-from ssl_wikichurches.finetune import StyleModel, TrainData, new_classifier
-from ssl_wikichurches.finetune_linear import logistic_probe, pooled_features
-from ssl_wikichurches.iou_stats import paired_shift
-from ssl_wikichurches.splits import make_split
+from ssl_wikichurches.finetune.training import StyleModel, TrainData, new_classifier
+from ssl_wikichurches.finetune.linear import logistic_probe, pooled_features
+from ssl_wikichurches.stats.shift import paired_shift
+from ssl_wikichurches.data.splits import make_split
 
 BLACK,GRAY = (0.,0.,0.),(.5,.4,.3)
 

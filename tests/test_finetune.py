@@ -3,15 +3,15 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from peft.tuners.lora import LoraLayer
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
-from ssl_wikichurches.attention import pooled_maps
-from ssl_wikichurches.backbones import TINY, load_backbone
-from ssl_wikichurches.splits import make_split
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.experiments import TIERS
-from ssl_wikichurches.finetune import Recipe, TrainData, class_weights, classification_scores, lr_factor, make_recipe
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full
-from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear
-from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora, merge_adapters
+from ssl_wikichurches.attention.capture import pooled_maps
+from ssl_wikichurches.backbones.encoders import TINY, load_backbone
+from ssl_wikichurches.data.splits import make_split
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.study.experiments import TIERS
+from ssl_wikichurches.finetune.training import Recipe, TrainData, class_weights, classification_scores, lr_factor, make_recipe
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full
+from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear
+from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters, fit_lora, merge_adapters
 
 
 def frozen_maps(name, images): return pooled_maps(load_backbone(name).requires_grad_(False), images)

@@ -4,15 +4,15 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
-from ssl_wikichurches import forgetting
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.data import CLASSES, ChurchDataset, eval_transform, read_churches
-from ssl_wikichurches.forgetting import (ANSWERS, HELD_OUT_SEED, FeatureHeader, RunFeatures, forgetting_scores, held_out_churches, held_out_task,
+from ssl_wikichurches.backbones import forgetting
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.data.churches import CLASSES, ChurchDataset, eval_transform, read_churches
+from ssl_wikichurches.backbones.forgetting import (ANSWERS, HELD_OUT_SEED, FeatureHeader, RunFeatures, forgetting_scores, held_out_churches, held_out_task,
                                          knn_accuracy, linear_cka, load_features, run_features, save_features)
-from ssl_wikichurches.download import EDITIONS
-from ssl_wikichurches.synthetic import plan_church
-from ssl_wikichurches.tiny import DRAWN
-from ssl_wikichurches.yardsticks import random_twin
+from ssl_wikichurches.data.download import EDITIONS
+from ssl_wikichurches.data.synthetic import plan_church
+from ssl_wikichurches.backbones.tiny import DRAWN
+from ssl_wikichurches.study.yardsticks import random_twin
 
 close = lambda x, y, tol=1e-9: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tol, rtol=0)
 normal = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape)

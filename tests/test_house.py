@@ -25,7 +25,7 @@ def imported(path):
     names = set()
     for node in ast.walk(ast.parse(code(path))):
         found = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names |= {m.split('.')[1] for m in found if m and m.startswith('ssl_wikichurches.')}
+        names |= {m.removeprefix('ssl_wikichurches.') for m in found if m and m.startswith('ssl_wikichurches.')}
     return names
 
 def defined(path): return re.findall(r'^#\| *default_exp:? *(\S+)', code(path), re.M)
@@ -35,8 +35,29 @@ def test_imports_point_backwards():
     for p in NUMBERED:
         assert not (late := imported(p)-seen), f"{p.name} imports {sorted(late)}, which a later notebook defines"
         seen |= set(defined(p))
-    assert {p.stem for p in (ROOT/'ssl_wikichurches').glob('[a-z]*.py')}==seen # every module has a notebook
+    package = ROOT/'ssl_wikichurches'
+    assert {'.'.join(p.relative_to(package).with_suffix('').parts) for p in package.rglob('[a-z]*.py')}==seen # every module has a notebook
     assert imported(ROOT/'nbs'/'index.ipynb')<=seen
+
+WINGS = {'00':'data', '01':'backbones', '02':'attention', '03':'finetune', '04':'finetune', '05':'stats', '06':'study', '07':'cli'}
+LINE = ('00_data','01_backbones','02_attention','03_finetune_linear','03_finetune_lora','03_finetune_full','04_attn_supervised','05_iou_stats')
+
+def test_the_number_of_a_notebook_is_its_wing():
+    for p in NUMBERED: assert [d.split('.')[0] for d in defined(p)]==[WINGS[p.stem[:2]]], p.name
+    assert {*LINE}<={p.stem for p in NUMBERED}
+    letters = [re.match(r'\d\d[A-Za-z](?=_)', p.stem) for p in NUMBERED if p.stem not in (*LINE,'07_cli')]
+    assert all(letters) and len({m[0].lower() for m in letters})==len(letters), 'every side room has a letter of its own'
+
+def test_wings_stand_in_line():
+    "A module imports from its own wing and from those before it."
+    order = list(dict.fromkeys(WINGS.values()))
+    for p in (ROOT/'ssl_wikichurches').rglob('[a-z]*.py'):
+        here = p.relative_to(ROOT/'ssl_wikichurches').with_suffix('').parts
+        for node in ast.walk(ast.parse(p.read_text())):
+            if not (isinstance(node, ast.ImportFrom) and node.level): continue
+            base = here[:len(here)-node.level]
+            wing = (*base,*(node.module or '').split('.'))[0]
+            assert order.index(wing)<=order.index(here[0]), f"{'.'.join(here)} imports {wing}, which stands after it"
 
 @by_name
 def test_imports_are_absolute_named_and_apart(path):

@@ -6,17 +6,17 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from scipy import stats
 from timm_models import timm_model
-from ssl_wikichurches.attention import pooled_maps
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.block_expansion import BlockExpansionRecipe, expand, fit_block_expansion
-from ssl_wikichurches.data import church_id
-from ssl_wikichurches.experiments import measure
-from ssl_wikichurches.finetune import StyleModel, classifier_state, load_classifier, new_classifier
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full
-from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear
-from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, restore_lora
-from ssl_wikichurches.interpolate import ALPHAS, _shift, image_iou, interpolate, lora_path, path_scores, straight_path
-from ssl_wikichurches.scores import score_maps
+from ssl_wikichurches.attention.capture import pooled_maps
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.finetune.block_expansion import BlockExpansionRecipe, expand, fit_block_expansion
+from ssl_wikichurches.data.churches import church_id
+from ssl_wikichurches.study.experiments import measure
+from ssl_wikichurches.finetune.training import StyleModel, classifier_state, load_classifier, new_classifier
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full
+from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear
+from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters, restore_lora
+from ssl_wikichurches.finetune.interpolate import ALPHAS, _shift, image_iou, interpolate, lora_path, path_scores, straight_path
+from ssl_wikichurches.attention.scores import score_maps
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 MODELS = ('tiny-dinov2','tiny-dinov3','tiny-mae','tiny-clip','tiny-siglip','tiny-supervised',*TIMM)

@@ -3,8 +3,8 @@ import math
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches import iou_stats
-from ssl_wikichurches.iou_stats import bca_interval, by_church, hedges_factor, paired_shift, pair_scores, readable_table, resampled_means, shift_table
+from ssl_wikichurches.stats import shift as iou_stats
+from ssl_wikichurches.stats.shift import bca_interval, by_church, hedges_factor, paired_shift, pair_scores, readable_table, resampled_means, shift_table
 
 def scores(models=('a','b'), tiers=('linear','lora','full'), seeds=(0,1), n=30, photos=1, rng=None):
     rng = rng or np.random.default_rng(0); rows = []

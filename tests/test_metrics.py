@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy.stats import hypergeom
 from sklearn.metrics import roc_auc_score
-from ssl_wikichurches.metrics import auroc, coverage, find_places, iou_at_percentile, iou_ceiling, iou_chance, n_kept, rank_pixels, shares, upsample
+from ssl_wikichurches.attention.metrics import auroc, coverage, find_places, iou_at_percentile, iou_ceiling, iou_chance, n_kept, rank_pixels, shares, upsample
 
 def brute_iou(heat, mask, q):
     k = round(heat.size*(100-q)/100)

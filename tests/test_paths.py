@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from scipy import stats
 from timm_models import timm_model
-from ssl_wikichurches import experiments, results
-from ssl_wikichurches.backbones import load_backbone
+from ssl_wikichurches.study import experiments
+from ssl_wikichurches.study import results
+from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.cli import wikichurches_paths
-from ssl_wikichurches.data import church_id
-from ssl_wikichurches.download import load_churches
-from ssl_wikichurches.experiments import Run, Study, run_study, tier_recipe
-from ssl_wikichurches.finetune import StyleModel, classifier_state
-from ssl_wikichurches.finetune_lp_ft import probe_classifier
-from ssl_wikichurches.interpolate import ALPHAS, interpolate
-from ssl_wikichurches.paths import Paths, _folders, _path, mean_paths, no_line, own_start, path_bends, paths_plot, study_path, study_paths
-from ssl_wikichurches.results import _scores, load_run, study_table
+from ssl_wikichurches.data.churches import church_id
+from ssl_wikichurches.data.download import load_churches
+from ssl_wikichurches.study.experiments import Run, Study, run_study, tier_recipe
+from ssl_wikichurches.finetune.training import StyleModel, classifier_state
+from ssl_wikichurches.finetune.lp_ft import probe_classifier
+from ssl_wikichurches.finetune.interpolate import ALPHAS, interpolate
+from ssl_wikichurches.study.paths import Paths, _folders, _path, mean_paths, no_line, own_start, path_bends, paths_plot, study_path, study_paths
+from ssl_wikichurches.study.results import _scores, load_run, study_table
 
 FAST = dict(epochs=1, batch=12)
 RECIPES = {'linear':dict(solver='logistic'), 'lora':dict(lr=1e-2, **FAST), 'lora-dora':dict(dora=True), 'full':dict(lr=1e-2, backbone_lr=1e-3, **FAST),
@@ -96,7 +97,7 @@ def test_points_are_the_models_of_the_folders(done, tier):
     assert not same(a, b)
 
 def test_lora_goes_by_its_scale_and_dora_by_its_weights(done, monkeypatch):
-    from ssl_wikichurches import paths
+    from ssl_wikichurches.study import paths
     called = []
     for name in ('lora_path','straight_path'):
         monkeypatch.setattr(paths, name, lambda *args, name=name: called.append(name))
@@ -162,7 +163,7 @@ def test_nothing_but_lines_that_do_not_exist(root):
     with pytest.raises(FileNotFoundError, match='has no line'): study_paths(root, progress=False)
 
 def test_boxes_that_are_gone_are_noticed(done, monkeypatch):
-    from ssl_wikichurches import paths
+    from ssl_wikichurches.study import paths
     churches = load_churches(results.read_study(done).data)
     image = _scores(done/'tiny-clip-frozen', 'iou@90', -1, 'mean').index[0]
     monkeypatch.setattr(paths, 'load_churches', lambda *args, **kwargs: replace(churches, boxes=churches.boxes[churches.boxes.image!=image]))

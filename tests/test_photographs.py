@@ -3,13 +3,13 @@ import io, json, os, shutil, signal, struct, subprocess, sys, time, warnings, zl
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
-import ssl_wikichurches.data as data_module
+import ssl_wikichurches.data.churches as data_module
 from PIL import Image
 from torchvision.transforms import v2
-from ssl_wikichurches import codec
-from ssl_wikichurches.codec import MARGIN, check_image, image_header, image_size, open_image
-from ssl_wikichurches.data import RECORD, ChurchDataset, box_mask, boxes_in_view, eval_transform, read_churches, read_prepared
-from ssl_wikichurches.prepare import prepare, prepare_report
+from ssl_wikichurches.data import codec
+from ssl_wikichurches.data.codec import MARGIN, check_image, image_header, image_size, open_image
+from ssl_wikichurches.data.churches import RECORD, ChurchDataset, box_mask, boxes_in_view, eval_transform, read_churches, read_prepared
+from ssl_wikichurches.data.prepare import prepare, prepare_report
 
 def pixels(path, side=None): return np.asarray(open_image(path, side)).astype(int)
 def noise(h, w, *channels, seed=0, dtype=np.uint8, top=256): return np.random.default_rng(seed).integers(0, top, (h,w,*channels)).astype(dtype)
@@ -284,7 +284,7 @@ def test_real_photographs_at_a_reduced_scale(real, tmp_path):
 def peak(code, *args):
     "Largest memory of a fresh process that runs this, in MB; not ru_maxrss, which starts from the memory of the process that started it."
     if not Path('/proc/self/status').is_file(): pytest.skip('memory is read from /proc')
-    code = f"import re,sys; from ssl_wikichurches.codec import open_image\n{code}\nprint(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    code = f"import re,sys; from ssl_wikichurches.data.codec import open_image\n{code}\nprint(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     out = subprocess.run([sys.executable, '-W', 'error', '-c', code, *map(str, args)], capture_output=True, text=True)
     assert out.returncode==0, out.stderr
     return int(out.stdout.split()[-1])/1024
@@ -429,7 +429,7 @@ def test_empty_folder_and_no_folder(tmp_path):
     assert len(table)==0 and prepare_report(table).startswith('0 photographs')
     with pytest.raises(FileNotFoundError, match='images'): quiet(tmp_path/'nowhere')
 
-RUN = "import sys; from ssl_wikichurches.prepare import prepare\nif __name__=='__main__': prepare(sys.argv[1], side=128, workers=int(sys.argv[2]), progress=False)"
+RUN = "import sys; from ssl_wikichurches.data.prepare import prepare\nif __name__=='__main__': prepare(sys.argv[1], side=128, workers=int(sys.argv[2]), progress=False)"
 
 def start(root, workers=1): return subprocess.Popen([sys.executable, '-c', RUN, str(root), str(workers)])
 

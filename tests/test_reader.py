@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from ssl_wikichurches.data import BOX_COLUMNS, Churches, clip_boxes, read_church_styles, read_churches, read_parts, read_style_names
+from ssl_wikichurches.data.churches import BOX_COLUMNS, Churches, clip_boxes, read_church_styles, read_churches, read_parts, read_style_names
 
 STYLES = {'Q46261':'Romanesque', 'Q176483':'Gothic', 'Q840829':'Baroque'}
 FILES = ('churches.json', 'building_parts.json', 'style_names.txt')

@@ -1,11 +1,11 @@
 "The table of all metrics: against single calls, in any order, memory, device and number of threads; by part; from files; on real photographs."
 import numpy as np, pandas as pd, pytest, torch
-from ssl_wikichurches.baselines import baseline_maps
-from ssl_wikichurches.data import ChurchDataset, box_mask, church_id, eval_transform, read_churches
-from ssl_wikichurches.measures import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
+from ssl_wikichurches.attention.baselines import baseline_maps
+from ssl_wikichurches.data.churches import ChurchDataset, box_mask, church_id, eval_transform, read_churches
+from ssl_wikichurches.attention.measures import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
     rank_accuracy, shuffled_auroc, similarity, soft_target)
-from ssl_wikichurches.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, upsample
-from ssl_wikichurches.scores import ALL_METRICS, BYTES_PER_PIXEL, read_boxes, read_maps, score_maps
+from ssl_wikichurches.attention.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, upsample
+from ssl_wikichurches.attention.scores import ALL_METRICS, BYTES_PER_PIXEL, read_boxes, read_maps, score_maps
 
 T,KEY = torch.tensor,['image','block','head','metric']
 close = lambda x, y, tol=1e-9: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tol, rtol=0)

@@ -10,19 +10,20 @@ from scipy.special import logsumexp, softmax
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from timm_models import timm_model
-from ssl_wikichurches import finetune, semi_supervised
-from ssl_wikichurches.attn_supervised import BoxedOrder
-from ssl_wikichurches.backbones import load_backbone
-from ssl_wikichurches.data import CLASSES, ChurchDataset, church_id, read_churches, train_transform
-from ssl_wikichurches.download import load_churches, synthetic_folder
-from ssl_wikichurches.experiments import Study, run_study
-from ssl_wikichurches.finetune import StyleModel, make_recipe, new_classifier
-from ssl_wikichurches.finetune_full import FullRecipe, fit_full, restore_full
-from ssl_wikichurches.semi_supervised import (KINDS, LABEL_FILE, SelfTeacher, SemiSupervisedRecipe, UnlabelledTerm, best_of_class, check_pool, energy_limit, fit_semi_supervised,
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.finetune import semi_supervised
+from ssl_wikichurches.finetune.attn_supervised import BoxedOrder
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.data.churches import CLASSES, ChurchDataset, church_id, read_churches, train_transform
+from ssl_wikichurches.data.download import load_churches, synthetic_folder
+from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.finetune.training import StyleModel, make_recipe, new_classifier
+from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
+from ssl_wikichurches.finetune.semi_supervised import (KINDS, LABEL_FILE, SelfTeacher, SemiSupervisedRecipe, UnlabelledTerm, best_of_class, check_pool, energy_limit, fit_semi_supervised,
                                               hide_labels, label_pool, label_quality, own_chance, pseudo_labels, read_pseudo_labels, recipe_views, strong_transform, teaching,
                                               unlabelled, unlabelled_loss, view_batches)
-from ssl_wikichurches.splits import class_labels, load_split, make_split
-from ssl_wikichurches.synthetic import read_hidden_styles
+from ssl_wikichurches.data.splits import class_labels, load_split, make_split
+from ssl_wikichurches.data.synthetic import read_hidden_styles
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns=['images_per_second','extra_loss'], errors='ignore')

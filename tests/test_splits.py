@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageEnhance
-from ssl_wikichurches.archive import serve_record
-from ssl_wikichurches.census import EXPECTED, census, part_graph
-from ssl_wikichurches.data import STYLES, church_id, read_churches
-from ssl_wikichurches.download import choose_images, download_churches, load_churches
-from ssl_wikichurches.splits import (NEAR, Split, check_split, class_labels, image_hashes, label_counts, label_or_reason, load_split, make_split,
+from ssl_wikichurches.data.archive import serve_record
+from ssl_wikichurches.data.census import EXPECTED, census, part_graph
+from ssl_wikichurches.data.churches import STYLES, church_id, read_churches
+from ssl_wikichurches.data.download import choose_images, download_churches, load_churches
+from ssl_wikichurches.data.splits import (NEAR, Split, check_split, class_labels, image_hashes, label_counts, label_or_reason, load_split, make_split,
                                      near_duplicates, read_hierarchy, read_wc4, refuse_duplicates, rolled_up, save_split, study_split)
 ROMANESQUE,GOTHIC,RENAISSANCE,BAROQUE = STYLES
 

@@ -6,12 +6,12 @@ import numpy as np, pandas as pd, pytest, statsmodels.api as sm
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from ssl_wikichurches.cli import compose_study
-from ssl_wikichurches.data import church_id
-from ssl_wikichurches.experiments import Study, run_study, study_runs, tier_recipe
-from ssl_wikichurches.inference import clustered_shift
-from ssl_wikichurches.report import save_results, write_report
-from ssl_wikichurches.results import complete_runs, cost_table, load_run, missing_runs, rescore, study_table
-from ssl_wikichurches.supervision import boxed_runs, supervised_scores, supervised_table, supervision_contrasts
+from ssl_wikichurches.data.churches import church_id
+from ssl_wikichurches.study.experiments import Study, run_study, study_runs, tier_recipe
+from ssl_wikichurches.stats.inference import clustered_shift
+from ssl_wikichurches.study.report import save_results, write_report
+from ssl_wikichurches.study.results import complete_runs, cost_table, load_run, missing_runs, rescore, study_table
+from ssl_wikichurches.study.supervision import boxed_runs, supervised_scores, supervised_table, supervision_contrasts
 
 RECIPES = {'full':dict(epochs=1, lr=1e-2, backbone_lr=1e-3), 'attn_supervised':dict(folds=3, ratio=.5), 'attn_supervised-prior':dict(boxes='prior')}
 
@@ -163,7 +163,7 @@ def test_without_full_there_is_no_comparison_yet(root):
 
 def test_a_leak_between_folders_is_refused(root, monkeypatch):
     "Two photographs whose church is said to be one, in different folds."
-    monkeypatch.setattr('ssl_wikichurches.supervision.church_id', lambda n: 'Q1')
+    monkeypatch.setattr('ssl_wikichurches.study.supervision.church_id', lambda n: 'Q1')
     with pytest.raises(ValueError, match='supervised and measured'): boxed_runs(root)
 
 def test_report_and_result_files(root, tmp_path):

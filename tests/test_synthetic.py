@@ -5,14 +5,14 @@ from unittest.mock import patch
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from ssl_wikichurches import synthetic
-from ssl_wikichurches.data import CLASSES, STYLES, read_churches
-from ssl_wikichurches.download import EDITIONS, load_churches, synthetic_folder
-from ssl_wikichurches.experiments import data_key
-from ssl_wikichurches.parts import DRAWN, ONTOLOGY, Pen, draw_part
-from ssl_wikichurches.scene import CUES, make_tile, texture
-from ssl_wikichurches.splits import class_labels, evaluation_split, make_split
-from ssl_wikichurches.synthetic import (ECLECTIC, SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church,
+from ssl_wikichurches.data import synthetic
+from ssl_wikichurches.data.churches import CLASSES, STYLES, read_churches
+from ssl_wikichurches.data.download import EDITIONS, load_churches, synthetic_folder
+from ssl_wikichurches.study.experiments import data_key
+from ssl_wikichurches.data.parts import DRAWN, ONTOLOGY, Pen, draw_part
+from ssl_wikichurches.data.scene import CUES, make_tile, texture
+from ssl_wikichurches.data.splits import class_labels, evaluation_split, make_split
+from ssl_wikichurches.data.synthetic import (ECLECTIC, SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church,
                                         read_hidden_styles, read_truth, representative)
 
 def files(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob('*') if p.is_file()}
@@ -29,8 +29,8 @@ def test_same_arguments_same_bytes(tmp_path):
 
 DIGEST = '''
 import hashlib
-from ssl_wikichurches.data import CLASSES
-from ssl_wikichurches.synthetic import draw_church, encode_mask
+from ssl_wikichurches.data.churches import CLASSES
+from ssl_wikichurches.data.synthetic import draw_church, encode_mask
 h = hashlib.sha256()
 for k in range(24):
     image,found = draw_church(CLASSES[k%4], (8,k), 96)

@@ -2,12 +2,13 @@
 import hashlib, json
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
-from ssl_wikichurches import backbones, tiny
-from ssl_wikichurches.backbones import BACKBONES, TINY, WEIGHTS, load_backbone, save_backbone
-from ssl_wikichurches.probe import balanced_accuracy, fit_probe, probe_churches, probe_table
-from ssl_wikichurches.synthetic import make_churches, read_truth
-from ssl_wikichurches.tiny import DEVIATIONS, PRETRAINING, Distillation, Optimizer, Teacher, balanced_assignment, encode, pretrain
-from ssl_wikichurches.views import CAPTION_LENGTH, PARTS, WORDS, Photographs, caption, load_photographs, parts_in_view, views, windows
+from ssl_wikichurches.backbones import encoders as backbones
+from ssl_wikichurches.backbones import tiny
+from ssl_wikichurches.backbones.encoders import BACKBONES, TINY, WEIGHTS, load_backbone, save_backbone
+from ssl_wikichurches.backbones.probe import balanced_accuracy, fit_probe, probe_churches, probe_table
+from ssl_wikichurches.data.synthetic import make_churches, read_truth
+from ssl_wikichurches.backbones.tiny import DEVIATIONS, PRETRAINING, Distillation, Optimizer, Teacher, balanced_assignment, encode, pretrain
+from ssl_wikichurches.data.views import CAPTION_LENGTH, PARTS, WORDS, Photographs, caption, load_photographs, parts_in_view, views, windows
 
 families = pytest.mark.parametrize('family', list(PRETRAINING))
 def generator(seed=0): return torch.Generator().manual_seed(seed)

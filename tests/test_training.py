@@ -7,18 +7,18 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
-from ssl_wikichurches import finetune
-from ssl_wikichurches.attention import pooled_maps
-from ssl_wikichurches.backbones import TINY, load_backbone
-from ssl_wikichurches.atomic import read_tensors
-from ssl_wikichurches.checkpoint import put_tensors, trained_tensors
-from ssl_wikichurches.devices import Team
-from ssl_wikichurches.experiments import TIERS, Study, run_study
-from ssl_wikichurches.finetune import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
-from ssl_wikichurches.finetune_full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
-from ssl_wikichurches.finetune_linear import LinearRecipe, fit_linear, logistic_probe, pooled_features
-from ssl_wikichurches.finetune_lora import LoraRecipe, add_adapters, fit_lora
-from ssl_wikichurches.finetune_lp_ft import LpFtRecipe, fit_lp_ft, probe_classifier
+from ssl_wikichurches.finetune import training as finetune
+from ssl_wikichurches.attention.capture import pooled_maps
+from ssl_wikichurches.backbones.encoders import TINY, load_backbone
+from ssl_wikichurches.data.files import read_tensors
+from ssl_wikichurches.finetune.checkpoint import put_tensors, trained_tensors
+from ssl_wikichurches.finetune.devices import Team
+from ssl_wikichurches.study.experiments import TIERS, Study, run_study
+from ssl_wikichurches.finetune.training import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
+from ssl_wikichurches.finetune.full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
+from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear, logistic_probe, pooled_features
+from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters, fit_lora
+from ssl_wikichurches.finetune.lp_ft import LpFtRecipe, fit_lp_ft, probe_classifier
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns='images_per_second', errors='ignore')
@@ -72,7 +72,7 @@ def test_tensors_of_another_model_are_not_put():
 def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
     study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=40)))
     whole = run_study(study, tmp_path/'a', workers=1, progress=False)/'tiny-clip-full-seed0'
-    script = f"from ssl_wikichurches.experiments import *\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, progress=False)"
+    script = f"from ssl_wikichurches.study.experiments import *\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, progress=False)"
     (tmp_path/'go.py').write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path/'go.py')])
     folder = tmp_path/'b/s/tiny-clip-full-seed0'

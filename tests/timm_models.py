@@ -1,6 +1,6 @@
 "Small models of timm's, with weights that make attention uneven."
 import torch
-from ssl_wikichurches import backbones
+from ssl_wikichurches.backbones import encoders as backbones
 
 def timm_model(architecture):
     options = dict(depth=3, embed_dim=96, num_heads=4, img_size=64, patch_size=16)

@@ -2,7 +2,7 @@
 import io, json
 import numpy as np
 from PIL import Image
-from ssl_wikichurches.data import STYLES
+from ssl_wikichurches.data.churches import STYLES
 
 LEAF = (1517,1520,171,1380) # photographs of churches with exactly one of the four styles, without the annotated ones
 TAGS = (54,49,22,17) # of the 139 annotated images; three carry two
