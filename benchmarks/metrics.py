@@ -16,7 +16,7 @@ from scipy.sparse import identity, kron, vstack
 from scipy.stats import wasserstein_distance_nd
 from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_score
 from ssl_wikichurches.data.churches import box_mask
-from ssl_wikichurches.attention.measures import EPS, PRIOR_EPS
+from ssl_wikichurches.attention.saliency_metrics import EPS, PRIOR_EPS
 from ssl_wikichurches.attention.metrics import upsample
 from ssl_wikichurches.attention.scores import BYTES_PER_PIXEL, score_maps
 

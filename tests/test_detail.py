@@ -14,7 +14,7 @@ from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, bl
 from ssl_wikichurches.study.experiments import Study, run_study
 from ssl_wikichurches.stats.inference import moderation
 from ssl_wikichurches.attention.maps import load_maps, save_maps
-from ssl_wikichurches.attention.plots import block_plot, grid_plot, ranking_plot, slope_plot
+from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot
 from ssl_wikichurches.study.report import write_report
 from ssl_wikichurches.study.results import study_scores, study_table
 

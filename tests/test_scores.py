@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.attention.baselines import baseline_maps
 from ssl_wikichurches.data.churches import ChurchDataset, box_mask, church_id, eval_transform, read_churches
-from ssl_wikichurches.attention.measures import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
+from ssl_wikichurches.attention.saliency_metrics import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
     rank_accuracy, shuffled_auroc, similarity, soft_target)
 from ssl_wikichurches.attention.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, upsample
 from ssl_wikichurches.attention.scores import ALL_METRICS, BYTES_PER_PIXEL, read_boxes, read_maps, score_maps

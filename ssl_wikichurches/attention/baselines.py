@@ -11,7 +11,7 @@ import numpy as np, torch
 from scipy.ndimage import gaussian_filter, uniform_filter
 from torch.nn import functional as F
 from .capture import regrid
-from .measures import loo_prior, soft_target
+from .saliency_metrics import loo_prior, soft_target
 
 # %% ../../nbs/02f_baselines.ipynb #d8e6e596
 def uniform_maps(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from .capture import regrid
 from ..data.churches import box_mask
-from .measures import EPS, MEASURES, PRIOR_EPS, _mixed, average_precision, average_precision_chance, best_box, best_iou_chance, box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target
+from .saliency_metrics import EPS, MEASURES, PRIOR_EPS, _mixed, average_precision, average_precision_chance, best_box, best_iou_chance, box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target
 from .metrics import METRICS, _chance_of_top, _check, auroc, coverage, find_places, iou_at_percentile, iou_ceiling, iou_chance, iou_of_top, n_kept, rank_pixels, shares, upsample
 
 # %% ../../nbs/02e_scores.ipynb #ac5e32e4

@@ -22,7 +22,7 @@ from ..attention.baselines import derangement
 from ..data.churches import ChurchDataset, box_mask, eval_transform, train_transform
 from .training import Fitted, SeededPhotographs, TrainData
 from .full import FullRecipe, fit_full
-from ..attention.measures import EPS, kl_divergence, soft_target
+from ..attention.saliency_metrics import EPS, kl_divergence, soft_target
 from ..attention.metrics import shares
 from ..data.splits import near_duplicates
 

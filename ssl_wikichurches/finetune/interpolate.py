@@ -19,7 +19,7 @@ from ..backbones.encoders import Backbone
 from ..data.churches import ChurchDataset, box_mask, church_id, eval_transform
 from .training import StyleModel, TrainData, check_tensors, classification_scores, classifier_state, load_classifier, predict
 from .lora import LoraRecipe, restore_lora
-from ..attention.plots import _symbol, model_color
+from ..attention.plots import model_color
 from ..attention.scores import score_maps
 
 # %% ../../nbs/04e_interpolate.ipynb #ad9a3c69
@@ -137,7 +137,7 @@ def path_plot(
     if axs is None: axs = plt.subplots(2, 1, figsize=(4,4), dpi=80, layout='constrained', sharex=True)[1]
     color = model_color(model)
     for (tier,p),line in zip(paths.items(), cycle(('-','--',':','-.'))):
-        how = dict(color=color, ls=line, marker=_symbol(tier), ms=5, label=tier)
+        how = dict(color=color, ls=line, marker='o', ms=5, label=tier)
         axs[0].plot(p.index, p.balanced_accuracy, **how); axs[1].plot(p.index, p.delta, **how)
         axs[1].fill_between(p.index, p.low, p.high, color=color, alpha=.12, lw=0)
     axs[1].axhline(0, color='k', lw=.8)

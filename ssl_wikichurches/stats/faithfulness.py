@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 from ..data.churches import CLASSES, box_mask, church_id
 from .shift import by_church, holm, paired_shift
-from ..attention.plots import TIER_MARKERS
 
 # %% ../../nbs/05a_faithfulness.ipynb #5159f3e1
 BLUR = 1/12 # standard deviation of the blur, in sides of the image: about one patch of a toy
@@ -397,6 +396,7 @@ def difference_plot(
     measure:str='log_probability', # one of `MEASURES`
     color:str='k', # of the model
     ax:plt.Axes=None,
+    markers:dict=None, # tier -> marker; None: a circle for every tier
 )->plt.Axes:
     "Drop for experts' boxes minus drop for matched boxes, with 95 % intervals, by style and tier; the frozen model is hollow."
     ax = ax or plt.subplots(figsize=(5,2.6), dpi=80, layout='constrained')[1]
@@ -405,7 +405,7 @@ def difference_plot(
         t = t.loc[measure].reindex(styles)
         y = np.arange(len(styles))+.3*(k-(len(summaries)-1)/2)
         ax.hlines(y, t.low, t.high, color=color, lw=1.5)
-        ax.plot(t.difference, y, color=color, ls='', marker='o' if tier=='frozen' else TIER_MARKERS.get(tier, '^'), mfc='white' if tier=='frozen' else color, label=tier)
+        ax.plot(t.difference, y, color=color, ls='', marker=(markers or {}).get(tier, 'o'), mfc='white' if tier=='frozen' else color, label=tier)
     ax.axvline(0, color='k', lw=.8, zorder=0)
     ax.set_yticks(range(len(styles)), styles); ax.set_ylim(len(styles)-.5, -.5)
     ax.set_xlabel(f"{measure.replace('_', '-')} lost: expert boxes minus matched boxes", fontsize=9)

@@ -20,7 +20,7 @@ from ..data.download import load_churches
 from ..stats.inference import benjamini_hochberg, max_t, moderation, split_half_heads
 from ..stats.shift import by_church, in_order, paired_shift
 from ..attention.maps import load_maps
-from ..attention.measures import box_masks, box_scores
+from ..attention.saliency_metrics import box_masks, box_scores
 from ..attention.metrics import PRIMARY, n_kept, upsample
 from ..attention.plots import before_after_strip
 from .results import complete_runs, measured_images, read_study, study_scores

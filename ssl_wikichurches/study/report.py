@@ -20,7 +20,8 @@ from ..data.download import load_churches
 from ..data.files import write_file
 from ..data.files import write_tensors
 from ..attention.metrics import PRIMARY
-from ..attention.plots import block_plot, forest_plot, grid_plot, price_plot, ranking_plot, slope_plot
+from ..attention.plots import price_plot
+from .figures import block_plot, forest_plot, grid_plot, ranking_plot, slope_plot
 from .results import complete_runs, cost_table, forgetting_table, missing_runs, read_study, robustness_table, seeds_table, study_scores, study_table
 from .specificity import beyond_controls, control_contrasts, control_table, readable_result
 from ..data.splits import class_labels

@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score, jaccard_score, roc_auc_scor
 from ssl_wikichurches.attention.capture import regrid
 from ssl_wikichurches.attention.baselines import baseline_maps, center_maps, center_widths, derangement, edge_maps, mask_maps, other_maps, prior_maps, random_maps, uniform_maps
 from ssl_wikichurches.data.churches import box_mask
-from ssl_wikichurches.attention.measures import (EPS, area_matched_iou, average_precision, average_precision_chance, best_box, best_iou_chance, box_masks, box_scores,
+from ssl_wikichurches.attention.saliency_metrics import (EPS, area_matched_iou, average_precision, average_precision_chance, best_box, best_iou_chance, box_masks, box_scores,
     correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc,
     shuffled_auroc_ceiling, similarity, soft_target)
 from ssl_wikichurches.attention.metrics import find_places, iou_chance, iou_of_top, rank_pixels, shares
