@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches.stats.inference import bootstrap_t_interval, crossed_bootstrap, draw_shifts, max_t, seed_variance, sign_flip_p, wilcoxon_pratt
+from ssl_wikichurches.stats.families import max_t
+from ssl_wikichurches.stats.seeds import crossed_bootstrap, seed_variance
 from ssl_wikichurches.stats.shift import bca_interval
+from ssl_wikichurches.stats.tests import bootstrap_t_interval, draw_shifts, sign_flip_p, wilcoxon_pratt
 
 N,SD,SEEDS,HEADS,SHARED = 139,.04,5,144,.7
 FLIPS,FAMILY_FLIPS,RESAMPLES = 999,499,1999 # of each study
@@ -25,7 +27,7 @@ FOLDER = Path(__file__).parent.parent/'results'/'statistics'
 
 def write_real_shifts(study, path):
     "Shifts of IoU@90 of a study, centered: one mean per church of each tier's lowest seed. No names, sorted within a tier."
-    from ssl_wikichurches.stats.inference import shift_grid
+    from ssl_wikichurches.stats.seeds import shift_grid
     from ssl_wikichurches.study.results import study_scores
     scores = study_scores(study)
     if scores.model.nunique()!=1: raise SystemExit(f"{study} holds the models {[*scores.model.unique()]}: expected one")

@@ -12,9 +12,10 @@ os.environ.setdefault('OMP_NUM_THREADS', '1') # before numpy
 import numpy as np, pandas as pd
 from memory import peak_megabytes
 from scipy import stats
-from ssl_wikichurches.stats.inference import draw_shifts, max_t
+from ssl_wikichurches.stats.families import max_t
 from ssl_wikichurches.stats import shift as iou_stats
 from ssl_wikichurches.stats.shift import bca_interval
+from ssl_wikichurches.stats.tests import draw_shifts
 
 def family(a): return draw_shifts(np.random.default_rng(0), (a.churches,a.comparisons), mean=.004)
 

@@ -8,9 +8,12 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
-from ssl_wikichurches.stats.inference import (benjamini_hochberg, bootstrap_t_interval, contrasts, crossed_bootstrap, detectable_shift, draw_shifts, effect_interval, equivalence, max_t, moderation, paired_tests,
-                                        power_curve, seed_variance, shift_grid, sign_flip_p, split_half_heads, wilcoxon_pratt)
+from ssl_wikichurches.stats.families import benjamini_hochberg, max_t, split_half_heads
+from ssl_wikichurches.stats.power import detectable_shift, power_curve
+from ssl_wikichurches.stats.seeds import contrasts, crossed_bootstrap, moderation, seed_variance, shift_grid
 from ssl_wikichurches.stats.shift import hedges_factor
+from ssl_wikichurches.stats.tests import (bootstrap_t_interval, draw_shifts, effect_interval, equivalence, noncentral_t_cdf, paired_tests,
+                                          sign_flip_p, wilcoxon_pratt)
 
 ROOT = Path(__file__).parent.parent
 SAME = 'identical by construction'
@@ -116,12 +119,11 @@ def test_effect_interval_inverts_the_noncentral_t(n, d_z):
     assert stats.nct.sf(t, n-1, r.low*n**.5)==pytest.approx(.05, abs=1e-6) and stats.nct.cdf(t, n-1, r.high*n**.5)==pytest.approx(.05, abs=1e-6)
 
 def test_noncentral_t_where_scipy_has_no_answer(monkeypatch):
-    from ssl_wikichurches.stats import inference
     points = [(2,-14.687293578552989,13.114329582555165), (129,4.842515576794524,-4.896472656655565), (115,-4.781494781108485,4.411026292611552)]
-    assert all(0<=inference._nct_cdf(t, df, nc)<=1 for df,t,nc in points)
+    assert all(0<=noncentral_t_cdf(t, df, nc)<=1 for df,t,nc in points)
     known = [(df,t,nc,stats.nct.cdf(t, df, nc)) for df in (2,10,138) for t in (-3.,.5,6.) for nc in (-2.,0.,4.)]
-    monkeypatch.setattr(inference.stats.nct, 'cdf', lambda *a: np.nan)
-    for df,t,nc,p in known: assert inference._nct_cdf(t, df, nc)==pytest.approx(p, rel=1e-7, abs=1e-12)
+    monkeypatch.setattr(stats.nct, 'cdf', lambda *a: np.nan)
+    for df,t,nc,p in known: assert noncentral_t_cdf(t, df, nc)==pytest.approx(p, rel=1e-7, abs=1e-12)
 
 def test_effect_interval_covers():
     d = rng(0).normal(.4, 1, (400,25))

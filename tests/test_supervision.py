@@ -8,7 +8,7 @@ from scipy import stats
 from ssl_wikichurches.cli import compose_study
 from ssl_wikichurches.data.churches import church_id
 from ssl_wikichurches.study.experiments import Study, run_study, study_runs, tier_recipe
-from ssl_wikichurches.stats.inference import clustered_shift
+from ssl_wikichurches.stats.seeds import clustered_shift
 from ssl_wikichurches.study.report import save_results, write_report
 from ssl_wikichurches.study.results import complete_runs, cost_table, load_run, missing_runs, rescore, study_table
 from ssl_wikichurches.study.supervision import boxed_runs, supervised_scores, supervised_table, supervision_contrasts

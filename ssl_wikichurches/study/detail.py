@@ -17,7 +17,8 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from ..data.churches import CLASSES, ChurchDataset, Churches, box_mask, church_id, eval_transform
 from ..data.download import load_churches
-from ..stats.inference import benjamini_hochberg, max_t, moderation, split_half_heads
+from ..stats.families import benjamini_hochberg, max_t, split_half_heads
+from ..stats.seeds import moderation
 from ..stats.shift import by_church, in_order, paired_shift
 from ..attention.maps import load_maps
 from ..attention.saliency_metrics import box_masks, box_scores

@@ -23,7 +23,8 @@ from .experiments import Run, Study, as_study, store_scores, study_runs, tier_me
 from ..stats.faithfulness import before_and_after, matched_sets
 from ..finetune.training import StyleModel, load_classifier
 from ..backbones.forgetting import forgetting_scores, load_features
-from ..stats.inference import benjamini_hochberg, crossed_bootstrap, seed_variance, shift_grid
+from ..stats.families import benjamini_hochberg
+from ..stats.seeds import crossed_bootstrap, seed_variance, shift_grid
 from ..stats.shift import shift_table
 from ..attention.maps import StoredMaps, load_maps
 from ..attention.metrics import PRIMARY

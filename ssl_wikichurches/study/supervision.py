@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from ..finetune.attn_supervised import AttnSupervisedRecipe, check_crossfit
 from ..data.churches import church_id
 from ..finetune.training import classification_scores
-from ..stats.inference import clustered_shift
+from ..stats.seeds import clustered_shift
 from ..stats.shift import bca_interval, by_church, holm, paired_shift
 from ..attention.metrics import PRIMARY
 from .results import _scores, complete_runs, study_scores
