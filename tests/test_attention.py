@@ -26,9 +26,9 @@ def vit_b(name, sharpen=1.):
         if spec.family=='timm': recipe = dict(library='timm', architecture='vit_base_patch16_224', options={})
         else:
             more = dict(num_register_tokens=4) if spec.n_prefix==5 else {}
-            recipe = backbones._hf_recipe(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+            recipe = backbones.transformers_architecture(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                                                                intermediate_size=3072, image_size=518 if name=='dinov2' else 224, patch_size=spec.patch, **more))
-        b = Backbone(spec, backbones._build(recipe), recipe).eval()
+        b = Backbone(spec, backbones.build_architecture(recipe), recipe).eval()
     with torch.no_grad():
         for block in backbones.attention_projections(b):
             for k in ('q','k','qkv'):
@@ -133,8 +133,8 @@ def test_timm_families():
     x = images(64)
     for architecture,n in (('vit_base_patch16_dinov3', 5), ('vit_base_patch16_siglip_224', 0), ('vit_base_patch14_reg4_dinov2', 5)):
         options = dict(depth=2, embed_dim=96, num_heads=4, img_size=64, patch_size=16)
-        model = backbones._build_timm(architecture, **options)
-        b = backbones._load_timm(architecture, lambda m: model.state_dict(), 'x', options).eval()
+        model = backbones.build_timm(architecture, **options)
+        b = backbones.load_timm(architecture, lambda m: model.state_dict(), 'x', options).eval()
         assert b.spec.n_prefix==n
         maps = pooled_maps(b, x)
         assert maps.shape==((2,1,4,4,4) if n==0 else (2,2,4,4,4))
@@ -151,7 +151,7 @@ def test_timm_families():
 def load_slow(architecture, options, model):
     "timm's own unfused attention, with the same weights."
     timm.layers.set_fused_attn(False)
-    try: slow = backbones._build_timm(architecture, **options)
+    try: slow = backbones.build_timm(architecture, **options)
     finally: timm.layers.set_fused_attn(True)
     slow.load_state_dict(model.state_dict())
     return slow.eval()
@@ -579,9 +579,9 @@ def test_sizes_of_real_patches(name, size):
         if spec.family=='timm': recipe = dict(library='timm', architecture='vit_base_patch16_224', options=dict(embed_dim=32, depth=2, num_heads=2))
         else:
             more = dict(num_register_tokens=4) if spec.n_prefix==5 else {}
-            recipe = backbones._hf_recipe(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            recipe = backbones.transformers_architecture(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
                                                                image_size=518 if name=='dinov2' else 224, patch_size=spec.patch, **more))
-        b = backbones._as(Backbone(BACKBONES[name], backbones._build(recipe), recipe), spec).eval()
+        b = backbones.resized(Backbone(BACKBONES[name], backbones.build_architecture(recipe), recipe), spec).eval()
     for p in (p for k,p in b.model.named_parameters() if ('position' in k or k=='pos_embed')): p.normal_(std=.5, generator=torch.Generator().manual_seed(1))
     for block in backbones.attention_projections(b):
         for k in ('q','k','qkv'):

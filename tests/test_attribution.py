@@ -28,12 +28,12 @@ def encoder(name):
     options = dict(depth=3, embed_dim=96, num_heads=4, img_size=96, patch_size=16)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(1)
-        model = backbones._build_timm(TIMM[name], **options)
+        model = backbones.build_timm(TIMM[name], **options)
         for k,p in model.named_parameters():
             if 'gamma' in k: p.uniform_(.5, 1.5)
             elif p.ndim<2: p.add_(torch.randn_like(p)*.1) # biases are not zero
             elif 'attn' in k: p.mul_(4) # attention is not even
-    return backbones._load_timm(TIMM[name], lambda m: model.state_dict(), name, options).eval()
+    return backbones.load_timm(TIMM[name], lambda m: model.state_dict(), name, options).eval()
 
 def linear(b, classes=4, seed=0):
     with torch.random.fork_rng(devices=[]):

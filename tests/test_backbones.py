@@ -72,7 +72,7 @@ def test_pooled_feature_is_the_family_s_own(name):
 def test_projections_of_vit_b_size():
     for family in ('dinov2', 'dinov3', 'mae', 'clip', 'siglip'):
         config = AutoConfig.for_model(backbones._TYPES[family], **dict(num_register_tokens=4) if family.startswith('dino') else {})
-        with torch.device('meta'): model = backbones._build(backbones._hf_recipe(config))
+        with torch.device('meta'): model = backbones.build_architecture(backbones.transformers_architecture(config))
         b = backbones.Backbone(replace(BACKBONES[family], size=224), model, {})
         assert (b.depth, b.n_heads, b.dim)==(12, 12, 768) or family=='dinov3'
         names = [n for block in attention_projections(b) for k,n in block.items() if k in 'qv']
@@ -145,7 +145,7 @@ def test_adapters_are_not_saved_unmerged(tmp_path):
 
 def test_saved_weights_of_another_shape(tmp_path):
     save_backbone(load_backbone('tiny-mae'), tmp_path)
-    about = json.loads((tmp_path/'backbone.json').read_text()); about['recipe']['config']['hidden_size'] = 48
+    about = json.loads((tmp_path/'backbone.json').read_text()); about['architecture']['config']['hidden_size'] = 48
     (tmp_path/'backbone.json').write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r'is \(.*96.*\) there but \(.*48.*\) in the model'): load_backbone(tmp_path)
 
@@ -272,22 +272,22 @@ def test_local_timm_checkpoint(tmp_path):
     assert torch.equal(run(b, images(224, 1)), own)
     with pytest.raises(ValueError, match=r'other shapes: .* is \(192,\) there but \(384,\) in the model'): load_backbone(f'timm/vit_small_patch16_224@{path}')
     with pytest.raises(ValueError, match=r'patch_embed.proj.weight is \(192, 3, 16, 16\) there but \(192, 3, 32, 32\)'):
-        backbones._load_timm('vit_tiny_patch16_224', lambda m: model.state_dict(), 'x', dict(patch_size=32)) # timm would resample the patches
+        backbones.load_timm('vit_tiny_patch16_224', lambda m: model.state_dict(), 'x', dict(patch_size=32)) # timm would resample the patches
     with pytest.raises(ValueError, match='pos_embed is'): load_backbone(f'timm/vit_tiny_patch16_384@{path}')
     small = load_backbone(f'timm/vit_tiny_patch16_224@{path}', size=96)
     assert small.spec.grid==6 and torch.equal(run(load_backbone(save_backbone(small, tmp_path/'s')), images()), run(small, images()))
 
 def test_timm_names():
     with pytest.raises(ValueError, match='did you mean'): load_backbone('timm/vit_tiny_patch16_2244')
-    with pytest.raises(ValueError, match='augreg_in21k'): load_backbone('timm/vit_tiny_patch16_224.nothing@x') if Path('x').exists() else backbones._build_timm('vit_tiny_patch16_224.nothing')
+    with pytest.raises(ValueError, match='augreg_in21k'): load_backbone('timm/vit_tiny_patch16_224.nothing@x') if Path('x').exists() else backbones.build_timm('vit_tiny_patch16_224.nothing')
     for other in ('resnet18', 'swin_tiny_patch4_window7_224'):
-        with pytest.raises(ValueError, match='no vision transformer with a class token'): backbones._build_timm(other)
+        with pytest.raises(ValueError, match='no vision transformer with a class token'): backbones.build_timm(other)
 
 def test_timm_dinov3_is_read_by_its_class_token(tmp_path):
     options = dict(depth=2, embed_dim=96, num_heads=4, img_size=64)
     model = timm.create_model('vit_base_patch16_dinov3', num_classes=0, **options).eval()
     assert model.global_pool=='avg'
-    b = backbones._load_timm('vit_base_patch16_dinov3', lambda m: model.state_dict(), 'x', options).eval()
+    b = backbones.load_timm('vit_base_patch16_dinov3', lambda m: model.state_dict(), 'x', options).eval()
     x = images(64)
     with torch.no_grad(): own = model.forward_features((x-b.mean)/b.std)[:,0]
     assert torch.equal(run(b, x), own) and (b.spec.n_prefix, b.spec.mean)==(5, IMAGENET['mean'])
@@ -295,7 +295,7 @@ def test_timm_dinov3_is_read_by_its_class_token(tmp_path):
 def test_timm_pooling_head(tmp_path):
     options = dict(depth=2, embed_dim=96, num_heads=4, img_size=64)
     model = timm.create_model('vit_base_patch16_siglip_224', num_classes=0, **options).eval()
-    b = backbones._load_timm('vit_base_patch16_siglip_224', lambda m: model.state_dict(), 'x', options).eval()
+    b = backbones.load_timm('vit_base_patch16_siglip_224', lambda m: model.state_dict(), 'x', options).eval()
     assert (b.spec.pooling, b.spec.n_prefix)==('head', 0) and len(attention_projections(b))==2
     with torch.no_grad(): assert torch.equal(b(images(64)), model((images(64)-b.mean)/b.std))
 
@@ -303,7 +303,7 @@ def test_timm_model_that_averages_is_refused():
     options = dict(depth=2, embed_dim=96, num_heads=4, img_size=64)
     model = timm.create_model('vit_base_patch16_224', global_pool='avg', num_classes=0, **options)
     with pytest.raises(ValueError, match='2 not in it: norm.bias, norm.weight.*fc_norm'):
-        backbones._load_timm('vit_base_patch16_224', lambda m: model.state_dict(), 'x', options)
+        backbones.load_timm('vit_base_patch16_224', lambda m: model.state_dict(), 'x', options)
 
 def test_timm_folder(tmp_path):
     options = dict(depth=3, img_size=96, patch_size=8, embed_dim=96, num_heads=4)

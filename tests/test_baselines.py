@@ -162,8 +162,8 @@ def test_twin_of_real_weights(real): check_twin(load_backbone(f"timm/vit_tiny_pa
 def test_what_has_no_twin():
     b = load_backbone('tiny-clip')
     targets = [n for block in attention_projections(b) for n in (block['q'],block['v'])]
-    with pytest.raises(ValueError, match='adapters'): random_twin(Backbone(b.spec, get_peft_model(load_backbone('tiny-clip').model, LoraConfig(target_modules=targets)), b.recipe))
-    with pytest.raises(ValueError, match='another architecture'): random_twin(Backbone(b.spec, b.model, load_backbone('tiny-siglip').recipe))
+    with pytest.raises(ValueError, match='adapters'): random_twin(Backbone(b.spec, get_peft_model(load_backbone('tiny-clip').model, LoraConfig(target_modules=targets)), b.architecture))
+    with pytest.raises(ValueError, match='another architecture'): random_twin(Backbone(b.spec, b.model, load_backbone('tiny-siglip').architecture))
     with pytest.raises(ValueError, match='is untrained'): random_twin(random_twin(b, 3), 3)
     one = random_twin(b, 3) # a single block that was left trained is noticed
     survivor = next(k for k in one.model.state_dict() if k.endswith('2.self_attn.q_proj.weight'))

@@ -119,8 +119,8 @@ def test_dropping_weights_of_a_branch_is_not_the_identity_where_the_authors_name
 @pytest.mark.parametrize('depth,every,measured', [(12,4,(0,1,2,3,5,6,7,8,10,11,12,13)), (12,12,tuple(range(12))), (12,6,(0,1,2,3,4,5,7,8,9,10,11,12)), (12,3,(0,1,2,4,5,6,8,9,10,12,13,14)), (4,1,(0,2,4,6))])
 def test_places(depth, every, measured):
     options = dict(depth=depth, embed_dim=32, num_heads=2, img_size=32, patch_size=16)
-    net = backbones._build_timm('vit_tiny_patch16_224', **options)
-    b = backbones._load_timm('vit_tiny_patch16_224', lambda m: net.state_dict(), 'x', options).eval()
+    net = backbones.build_timm('vit_tiny_patch16_224', **options)
+    b = backbones.load_timm('vit_tiny_patch16_224', lambda m: net.state_dict(), 'x', options).eval()
     expand(b, every)
     assert b.measured==measured and b.depth==depth+depth//every
     mapping = block_mapping(b)
@@ -218,10 +218,10 @@ def test_refused():
 def test_blocks_that_do_more_than_add_are_refused_and_left_alone():
     "A norm after the branch has a bias of its own, so a silent branch is not nothing."
     options = dict(depth=2, embed_dim=32, num_heads=2, img_size=32, patch_size=16, block_fn=timm.models.vision_transformer.ResPostBlock)
-    net = backbones._build_timm('vit_tiny_patch16_224', **options)
+    net = backbones.build_timm('vit_tiny_patch16_224', **options)
     with torch.no_grad():
         for m in net.blocks: m.norm1.bias.fill_(.3)
-    b = backbones._load_timm('vit_tiny_patch16_224', lambda m: net.state_dict(), 'x', options).eval()
+    b = backbones.load_timm('vit_tiny_patch16_224', lambda m: net.state_dict(), 'x', options).eval()
     before = state(b)
     with pytest.raises(ValueError, match='more than add two branches'): expand(b, 1)
     assert same(state(b), before) and b.depth==2 and b.measured==(0,1)
@@ -234,8 +234,8 @@ def test_blocks_of_another_build_are_refused(block):
 
 def test_rotations_of_every_block_are_refused():
     options = dict(depth=2, embed_dim=64, num_heads=2, img_size=64, patch_size=16)
-    net = backbones._build_timm('vit_small_patch16_rope_mixed_224', **options)
-    b = backbones._load_timm('vit_small_patch16_rope_mixed_224', lambda m: net.state_dict(), 'x', options).eval()
+    net = backbones.build_timm('vit_small_patch16_rope_mixed_224', **options)
+    b = backbones.load_timm('vit_small_patch16_rope_mixed_224', lambda m: net.state_dict(), 'x', options).eval()
     with pytest.raises(ValueError, match='rotations for each'): expand(b, 1)
 
 # ---- training

@@ -6,8 +6,8 @@ def timm_model(architecture):
     options = dict(depth=3, embed_dim=96, num_heads=4, img_size=64, patch_size=16)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(2)
-        model = backbones._build_timm(architecture, **options)
+        model = backbones.build_timm(architecture, **options)
         for k,p in model.named_parameters():
             if 'gamma' in k: p.fill_(1.)
             elif p.ndim>1 and 'attn' in k: p.mul_(4)
-    return backbones._load_timm(architecture, lambda m: model.state_dict(), architecture, options).eval()
+    return backbones.load_timm(architecture, lambda m: model.state_dict(), architecture, options).eval()

@@ -410,7 +410,7 @@ def pretrain(
             optimizer.step(loss, min(20*(step+1)/steps, (1+math.cos(math.pi*step/steps))/2))
             objective.after((step+1)/steps)
             losses.append(loss.item())
-    return Backbone(replace(backbone.spec, name=f'tiny-{family}', source=f'package/tiny-{family}'), backbone.model, backbone.recipe),losses
+    return Backbone(replace(backbone.spec, name=f'tiny-{family}', source=f'package/tiny-{family}'), backbone.model, backbone.architecture),losses
 
 # %% ../../nbs/01a_tiny.ipynb #073c16b9
 _COMMON = ('The patch embedding starts from whitened principal components of patches, linear maps from Xavier\'s rule, positions from sines and cosines.',

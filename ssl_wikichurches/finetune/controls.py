@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from PIL import ImageStat
 from ..data.files import available_cores
-from ..backbones.encoders import Backbone, _build, _quiet
+from ..backbones.encoders import Backbone, build_architecture, quiet_loading
 from ..data.codec import open_image
 from ..data.churches import Churches, church_id
 from .training import TrainData
@@ -87,9 +87,9 @@ def random_twin(
     "The architecture of `backbone` with the random weights its library starts from. The global random state stays where it is."
     name = backbone.spec.name
     if hasattr(backbone.model, 'peft_config'): raise ValueError(f"{name} carries adapters, which have no weights to start from: give the backbone they were put on")
-    with _quiet():
+    with quiet_loading():
         torch.random.default_generator.manual_seed(seed)
-        twin = Backbone(backbone.spec, _build(backbone.recipe), backbone.recipe).eval().float()
+        twin = Backbone(backbone.spec, build_architecture(backbone.architecture), backbone.architecture).eval().float()
     old,new = ({k:v.shape for k,v in b.model.state_dict().items()} for b in (backbone, twin))
     if old!=new: raise ValueError(f"the recipe of {name} builds another architecture than it has ({len(new)} tensors, not {len(old)}, or of other shapes): load it by `load_backbone`")
     weights = backbone.model.state_dict()
