@@ -13,7 +13,7 @@ from ssl_wikichurches.finetune.block_expansion import (BlockExpansionRecipe, add
                                               identity_copy, restore_block_expansion)
 from ssl_wikichurches.data.files import read_tensors, write_tensors
 from ssl_wikichurches.data.download import load_churches
-from ssl_wikichurches.study.experiments import TIERS, Study, Tier, measure, run_study
+from ssl_wikichurches.study.experiments import Study, measure, run_study
 from ssl_wikichurches.finetune.training import StyleModel, TrainData, make_recipe, new_classifier
 from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters
 from ssl_wikichurches.attention.maps import compute_maps, load_maps
@@ -296,9 +296,8 @@ def test_permuting_a_batch_permutes_features():
     with torch.no_grad(): torch.testing.assert_close(b(x)[order], b(x[order]), atol=1e-6, rtol=1e-5)
 
 @pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip'))
-def test_in_a_study_block_k_is_block_k(name, tmp_path, monkeypatch, drawn):
+def test_in_a_study_block_k_is_block_k(name, tmp_path, drawn):
     "The study's own functions know nothing of new blocks, and the run's tensors rebuild what was measured."
-    monkeypatch.setitem(TIERS, 'block_expansion', Tier(BlockExpansionRecipe, fit_block_expansion, restore_block_expansion))
     study = Study('expanded', str(drawn), (name,), ('block_expansion',), size=64, val=.3, recipes=dict(block_expansion=dict(epochs=1, lr=1e-3, every=2)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
     before,after = (load_maps(root/f'{name}-{t}') for t in ('frozen','block_expansion-seed0'))

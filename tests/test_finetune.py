@@ -7,7 +7,7 @@ from ssl_wikichurches.attention.capture import pooled_maps
 from ssl_wikichurches.backbones.encoders import TINY, load_backbone
 from ssl_wikichurches.data.splits import make_split
 from ssl_wikichurches.data.download import load_churches
-from ssl_wikichurches.study.experiments import TIERS
+from ssl_wikichurches.finetune.tiers import TIERS
 from ssl_wikichurches.finetune.training import Recipe, TrainData, class_weights, classification_scores, lr_factor, make_recipe
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear

@@ -13,7 +13,8 @@ from ssl_wikichurches.backbones.encoders import TINY, load_backbone
 from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune.checkpoint import put_tensors, trained_tensors
 from ssl_wikichurches.finetune.devices import Team
-from ssl_wikichurches.study.experiments import TIERS, Study, run_study
+from ssl_wikichurches.finetune.tiers import TIERS
+from ssl_wikichurches.study.experiments import Study, run_study
 from ssl_wikichurches.finetune.training import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
 from ssl_wikichurches.finetune.full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
 from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear, logistic_probe, pooled_features

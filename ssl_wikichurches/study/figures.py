@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from ..attention.plots import model_color, require_columns
+from ..finetune.tiers import FROZEN, TIERS
 
 # %% ../../nbs/06d_figures.ipynb #fbce3013
-TIER_MARKERS = dict(frozen='.', linear='s', lora='o', full='D', lp_ft='P', attn_supervised='*', block_expansion='X', core_tuning='v',
-                    coin='<', semi_supervised='>')
+TIER_MARKERS = {FROZEN:'.'}|{t.name:t.marker for t in TIERS.values()}
 
 def tier_marker(
     tier:str, # a tier or a variant of one

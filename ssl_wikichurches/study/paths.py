@@ -13,11 +13,10 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from safetensors.torch import load_file
 from tqdm import tqdm
-from ..finetune.block_expansion import restore_block_expansion
 from ..data.download import load_churches
-from .experiments import Run, Study, tier_method
+from ..finetune.tiers import tier_method
+from .experiments import Run, Study
 from ..finetune.training import StyleModel, TrainData
-from ..finetune.lora import restore_lora
 from ..finetune.interpolate import ALPHAS, _shift, lora_path, path_plot, path_points, path_table, straight_path
 from ..attention.maps import load_maps
 from .results import load_run, read_study
@@ -29,10 +28,10 @@ def no_line(
 )->str: # the reason; '' where there is a line
     "Why no line leads from the linear probe to a tier."
     method = tier_method(tier)
-    if tier=='linear': return "every line begins there: name the tier at its other end"
+    if not method.changes_attention: return "every line begins there: name the tier at its other end"
     if method.control: return "it is a control, and its classes or its first weights are not those of the probe"
-    if hasattr(method.recipe(), 'fold'): return "its runs used boxes, and each is the model of one fold: read them by `supervised_table`"
-    if method.restore is restore_block_expansion: return "it adds blocks that the frozen backbone has not: give the start the same blocks (`expand`), and use `straight_path` on the two models"
+    if method.crossfitted: return "its runs used boxes, and each is the model of one fold: read them by `supervised_table`"
+    if method.own_blocks: return "it adds blocks that the frozen backbone has not: give the start the same blocks (`expand`), and use `straight_path` on the two models"
     return ''
 
 # %% ../../nbs/06g_paths.ipynb #efe7ee2b
@@ -57,7 +56,7 @@ def own_start(
 )->bool: # True where backbone and classifier were those of alpha 0
     "Whether a training began at the start of its line."
     probe = linear.recipe
-    return run.tier.partition('-')[0]=='lp_ft' and probe['solver']=='logistic' and not probe['views'] and probe['class_weights']==run.recipe['class_weights']
+    return tier_method(run.tier).from_probe and probe['solver']=='logistic' and not probe['views'] and probe['class_weights']==run.recipe['class_weights']
 
 # %% ../../nbs/06g_paths.ipynb #3fac582b
 def _run(folder): return Run(**json.loads((folder/'recipe.json').read_text()))
@@ -67,7 +66,7 @@ def _path(folders, alphas):
     start,run = StyleModel(*load_run(folders[0])),_run(folders[1])
     tier = tier_method(run.tier)
     recipe = tier.recipe(**run.recipe)
-    if tier.restore is restore_lora and not recipe.dora: return start,lora_path(start, recipe, load_file(folders[1]/'model.safetensors'), alphas)
+    if tier.adapters and not recipe.dora: return start,lora_path(start, recipe, load_file(folders[1]/'model.safetensors'), alphas)
     return start,straight_path(start, StyleModel(*load_run(folders[1])), alphas)
 
 # %% ../../nbs/06g_paths.ipynb #afc5ef38

@@ -19,7 +19,8 @@ from ..attention.capture import mask_patches
 from ..backbones.encoders import load_backbone
 from ..data.churches import ChurchDataset, church_id, eval_transform
 from ..data.download import load_churches
-from .experiments import Run, Study, as_study, store_scores, study_runs, tier_method
+from .experiments import Run, Study, as_study, store_scores, study_runs
+from ..finetune.tiers import tier_method
 from ..stats.faithfulness import before_and_after, matched_sets
 from ..finetune.training import StyleModel, load_classifier
 from ..backbones.forgetting import forgetting_scores, load_features

@@ -8,8 +8,7 @@ __all__ = ['VERDICTS', 'control_scores', 'control_table', 'control_contrasts', '
 # %% ../../nbs/06c_specificity.ipynb #ac03d098
 import os
 import pandas as pd
-from ..finetune.controls import CONTROLS
-from .experiments import tier_method
+from ..finetune.tiers import CONTROLS, tier_method
 from ..stats.shift import bca_interval, by_church, holm, paired_shift, readable_table, shift_table
 from ..attention.metrics import PRIMARY
 from .results import _beside_frozen, _scores, complete_runs, higher_is_better, study_scores
