@@ -10,14 +10,14 @@ import numpy as np, torch
 from PIL import Image
 from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2 import functional as VF
-from ssl_wikichurches.data.churches import CLASSES, STYLES, ChurchDataset, eval_transform, read_churches
+from ssl_wikichurches.data.churches import STYLES, ChurchDataset, eval_transform, read_churches
 from ssl_wikichurches.data.prepare import prepare, prepare_report
-from ssl_wikichurches.data.synthetic import draw_church
+from ssl_wikichurches.data.synthetic import DRAWN_STYLES, draw_church
 
 def masters(n, rng):
     "Large pictures: drawn churches, enlarged, with stone-like texture at several scales and grain."
     for i in range(n):
-        im = draw_church(CLASSES[i%4], (7,i), 1024)[0].resize((8192,8192), Image.Resampling.BICUBIC)
+        im = draw_church(DRAWN_STYLES[i%4], (7,i), 1024)[0].resize((8192,8192), Image.Resampling.BICUBIC)
         a = np.asarray(im).astype(np.int16)
         for cell,strength in ((64,10), (16,10), (4,8), (1,7)): # coarse texture is enlarged, fine is drawn as it is
             t = Image.fromarray(rng.integers(0, 256, (8192//cell,8192//cell), dtype=np.uint8)).resize((8192,8192), Image.Resampling.BICUBIC)

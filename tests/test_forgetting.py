@@ -6,11 +6,11 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from ssl_wikichurches.backbones import forgetting
 from ssl_wikichurches.backbones.encoders import load_backbone
-from ssl_wikichurches.data.churches import CLASSES, ChurchDataset, eval_transform, read_churches
+from ssl_wikichurches.data.churches import ChurchDataset, eval_transform, read_churches
 from ssl_wikichurches.backbones.forgetting import (ANSWERS, HELD_OUT_SEED, FeatureHeader, RunFeatures, forgetting_scores, held_out_churches, held_out_task,
                                          knn_accuracy, linear_cka, load_features, run_features, save_features)
 from ssl_wikichurches.data.download import EDITIONS
-from ssl_wikichurches.data.synthetic import plan_church
+from ssl_wikichurches.data.synthetic import DRAWN_STYLES, plan_church
 from ssl_wikichurches.backbones.tiny import DRAWN
 from ssl_wikichurches.study.yardsticks import random_twin
 
@@ -95,7 +95,7 @@ def test_neighbors_refuse():
 def test_answers_are_those_of_the_plans_and_say_nothing_of_style():
     found = held_out_churches(96)
     for i,answer,style,half in found:
-        assert plan_church(CLASSES[style], np.random.default_rng([HELD_OUT_SEED,i,0]))['towers']==ANSWERS[answer]
+        assert plan_church(DRAWN_STYLES[style], np.random.default_rng([HELD_OUT_SEED,i,0]))['towers']==ANSWERS[answer]
     cells = [(answer,style,half) for _,answer,style,half in found]
     assert {cells.count(c) for c in itertools.product(range(2), range(4), range(2))}=={6}
     assert len({i for i,*_ in found})==96 and held_out_churches(96)==found

@@ -1,11 +1,11 @@
 "Labels, hierarchy, splits by church, copies of photographs, and the arithmetic of the real lists."
 import json, shutil, zlib
 from dataclasses import replace
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageEnhance
 from ssl_wikichurches.data.archive import serve_record
-from ssl_wikichurches.data.census import EXPECTED, census, part_graph
+from ssl_wikichurches.data.census import EXPECTED, census, part_counts, part_graph
 from ssl_wikichurches.data.churches import STYLES, church_id, read_churches
 from ssl_wikichurches.data.download import choose_images, download_churches, load_churches
 from ssl_wikichurches.data.splits import (NEAR, Split, check_split, class_labels, image_hashes, label_counts, label_or_reason, load_split, make_split,
@@ -15,10 +15,10 @@ ROMANESQUE,GOTHIC,RENAISSANCE,BAROQUE = STYLES
 def edit(folder, name, change):
     d = json.loads((folder/name).read_text()); change(d); (folder/name).write_text(json.dumps(d))
 
-def write_lists(folder, y, part_of):
+def write_lists(folder, y, part_of, ids=tuple(STYLES)):
     (folder/'labels').mkdir(exist_ok=True)
     for part in ('train','val','test'):
-        lines = [f'{n} {[*STYLES][c]}' for n,c in y.items() if part_of(n)==part]
+        lines = [f'{n} {ids[c]}' for n,c in y.items() if part_of(n)==part]
         (folder/'labels'/f'wc4_{part}.txt').write_text('\n'.join(lines))
 
 def by_hash(name): return ('train','train','val','test')[zlib.crc32(church_id(name).encode())%4]
@@ -134,15 +134,19 @@ def test_churches_that_are_left_out_leave_with_all_their_photographs():
     assert without.key!=split.key
 
 def test_split_roundtrip_leak_and_tampering(tmp_path, drawn):
-    split,file = make_split(read_churches(drawn), val=.3),tmp_path/'s.json'
-    assert load_split(save_split(split, file))==split
-    leak = replace(split, train=split.train+(split.eval[0].replace('_wd0','_wd9'),))
-    with pytest.raises(ValueError, match='leaks'): check_split(leak)
-    with pytest.raises(ValueError, match='leaks'): check_split(replace(split, test=(split.train[0],)))
+    churches,file = read_churches(drawn),tmp_path/'s.json'; split = make_split(churches, val=.3)
+    assert load_split(save_split(split, file), churches)==load_split(file)==split
+    together = churches.images.church.replace(churches.images.church[split.train[0]], churches.images.church[split.eval[0]])
+    same = replace(churches, images=churches.images.assign(church=together)) # the table says what a group is, not the names
+    with pytest.raises(ValueError, match="leaks: 1 churches are in 'train' and in 'eval'"): check_split(split, same)
+    with pytest.raises(ValueError, match='leaks'): load_split(save_split(split, file), same)
+    with pytest.raises(ValueError, match='leaks'): check_split(replace(split, test=(split.train[0],)), churches)
+    with pytest.raises(ValueError, match='1 images are not in'): check_split(replace(split, train=split.train+('Q1_wd0.jpg',)), churches)
     d = json.loads(save_split(split, file).read_text())
     for change,said in ((dict(train=d['train']+[d['val'][0]]),'leaks'), (dict(train=d['train'][1:]),'changed after'), (dict(seed=5),'changed after'), (dict(more=1),'not a split')):
         file.write_text(json.dumps(d|change))
-        with pytest.raises(ValueError, match=said): load_split(file)
+        with pytest.raises(ValueError, match=said): load_split(file, churches)
+    with pytest.raises(ValueError, match='not a split'): load_split(file)
     file.write_text('[]')
     with pytest.raises(ValueError, match='not a split'): load_split(file)
 
@@ -197,6 +201,63 @@ def test_copies_among_real_photographs(real):
     assert len(found)>=40 and (found.bits==0).sum()>=20 # each pair is found from both sides
     assert {frozenset(p) for p in found[['image','copy_of']].to_numpy().tolist()}>={frozenset(('Q970000176_wd0.jpg','Q970000178_wd0.jpg'))}
     assert set(split.left_out)==set(pairs.image) and near_duplicates(churches, [*split.train,*split.val], split.eval).empty
+
+# ---- other classes than the four
+
+COUNTRIES = {f'Q98{k}':f'Land {k}' for k in range(5)}
+
+def with_countries(folder):
+    "The folder as one of five classes that are no styles: each church has one, and no annotated image is tagged with anything else."
+    edit(folder, 'churches.json', lambda d: [c.update(styles=[[*COUNTRIES][i%5]]) for i,c in enumerate(d.values())])
+    edit(folder, 'building_parts.json', lambda d: [a.update(styles=[]) for a in d['annotations'].values()])
+    names = '\n'.join(f'{q} {n}' for q,n in COUNTRIES.items())
+    for file in ('style_names.txt','classes.txt'): (folder/file).write_text(names)
+    return folder
+
+def test_five_classes(folder):
+    churches = read_churches(with_countries(folder))
+    assert churches.class_names==tuple(COUNTRIES.values()) and churches.classes==COUNTRIES
+    y = class_labels(churches)
+    assert len(y)==len(churches.images) and set(y)=={0,1,2,3,4}
+    assert all([*COUNTRIES][y[n]]==s[0] for n,s in churches.images.church_styles.items())
+    assert class_labels(churches, 'hierarchy').equals(y)
+    split = make_split(churches, val=.3, seed=1)
+    for part in ('train','val'): assert {*y[list(getattr(split, part))]}=={0,1,2,3,4}
+    assert {*split.eval}=={*churches.images.index[churches.images.annotated]} and check_split(split, churches) is split
+    counts = label_counts(churches, split)
+    assert [*counts.index]==[*COUNTRIES.values()] and counts['all'].sum()==len(churches.images)
+    write_lists(folder, y, by_hash, [*COUNTRIES])
+    assert class_labels(churches, 'wc4').equals(y) and make_split(churches, 'wc4').test
+    table = census(churches)
+    assert table.found['leaf: Land 4']==counts.loc['Land 4',['train','val']].sum() and table.found['leaf: Gothic'] is pd.NA
+    assert table.index[-1]=='leaf: Land 4' and table.expected['leaf: Land 4'] is pd.NA
+    assert {*part_counts(churches)['style']}<={*COUNTRIES.values()}
+    assert len(choose_images(folder, 'leaf', [*churches.images.index]))==len(churches.images)
+
+def test_three_of_the_four(folder):
+    three = {q:STYLES[q] for q in (BAROQUE,ROMANESQUE,GOTHIC)}
+    four = read_churches(folder); churches = read_churches(folder, classes=three)
+    assert churches.class_names==('Baroque','Romanesque','Gothic')
+    before,after = class_labels(four),class_labels(churches)
+    assert after.equals(before[before!=2].map({3:0, 0:1, 1:2}))
+    said = label_or_reason(churches)
+    assert {*said[before.index[before==2]]}=={'another style'}
+    split = make_split(churches, val=.3)
+    assert not {*split.train,*split.val,*split.eval}&{*before.index[before==2]} and {*after[list(split.train)]}=={0,1,2}
+    assert read_churches(folder).classes==STYLES
+
+@pytest.mark.parametrize('text,said', [('Q1 One', '1 classes'), ('Q1 One\nQ2 One', 'one name'), ('Q1 One\nQ1 Two', 'classes.txt.*two lines'), ('Q1', 'classes.txt.*expected')])
+def test_malformed_classes(folder, text, said):
+    (folder/'classes.txt').write_text(text)
+    with pytest.raises(ValueError, match=said): read_churches(folder)
+
+def test_groups_are_those_of_the_table(folder):
+    churches = read_churches(folder); names = [*churches.images.index[:6]]
+    assert churches.groups(names)==[*churches.images.church[names]]
+    one = replace(churches, images=churches.images.assign(church='Q7')) # a table that knows better than the names
+    assert one.groups(names)==['Q7']*6 and one.groups([])==[]
+    assert near_duplicates(churches, names[:1], names[:1]).empty and near_duplicates(one, names, names, limit=256).empty
+    with pytest.raises(ValueError, match='nowhere.jpg'): churches.groups(['nowhere.jpg'])
 
 # ---- the arithmetic of the real set
 

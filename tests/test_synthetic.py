@@ -6,13 +6,13 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from ssl_wikichurches.data import synthetic
-from ssl_wikichurches.data.churches import CLASSES, STYLES, read_churches
+from ssl_wikichurches.data.churches import STYLES, read_churches
 from ssl_wikichurches.data.download import EDITIONS, load_churches, synthetic_folder
 from ssl_wikichurches.study.experiments import data_key
 from ssl_wikichurches.data.parts import DRAWN, ONTOLOGY, Pen, draw_part
 from ssl_wikichurches.data.scene import CUES, make_tile, texture
 from ssl_wikichurches.data.splits import class_labels, evaluation_split, make_split
-from ssl_wikichurches.data.synthetic import (ECLECTIC, SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church,
+from ssl_wikichurches.data.synthetic import (DRAWN_STYLES, ECLECTIC, SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church,
                                         read_hidden_styles, read_truth, representative)
 
 def files(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob('*') if p.is_file()}
@@ -29,11 +29,10 @@ def test_same_arguments_same_bytes(tmp_path):
 
 DIGEST = '''
 import hashlib
-from ssl_wikichurches.data.churches import CLASSES
-from ssl_wikichurches.data.synthetic import draw_church, encode_mask
+from ssl_wikichurches.data.synthetic import DRAWN_STYLES, draw_church, encode_mask
 h = hashlib.sha256()
 for k in range(24):
-    image,found = draw_church(CLASSES[k%4], (8,k), 96)
+    image,found = draw_church(DRAWN_STYLES[k%4], (8,k), 96)
     h.update(image.tobytes()); h.update(repr([(i.part, i.left, i.top, encode_mask(i.mask)) for i in found]).encode())
 print(h.hexdigest())
 '''
@@ -164,14 +163,14 @@ def test_splits_and_keys_of_the_default_set_are_those_without_them(default, labe
 def test_nameless_and_eclectic_churches(tmp_path, default, n, first):
     root = make_churches(tmp_path/'a', n=12, n_annotated=0, size=64, several=0., unlabelled=n) if first==12 else default
     churches,hidden = json.loads((root/'churches.json').read_text()),read_hidden_styles(root)
-    assert [*hidden.index]==[*churches][first:] and set(hidden.map(len))=={1,2} and all(len({*s})==len(s) and {*s}<={*CLASSES} for s in hidden)
+    assert [*hidden.index]==[*churches][first:] and set(hidden.map(len))=={1,2} and all(len({*s})==len(s) and {*s}<={*DRAWN_STYLES} for s in hidden)
     for i,(q,s) in enumerate(hidden.items()):
         c = churches[q]
         assert c['styles']==([*ECLECTIC] if len(s)>1 else []) and (len(s)>1)==(i%3==2)
-        assert c['built_year'] is None and not any(o in json.dumps(c) for o in (*CLASSES,*STYLES)) # nothing tells
-    single = hidden[hidden.map(len)==1].str[0].value_counts().reindex(CLASSES)
+        assert c['built_year'] is None and not any(o in json.dumps(c) for o in (*DRAWN_STYLES,*STYLES)) # nothing tells
+    single = hidden[hidden.map(len)==1].str[0].value_counts().reindex(DRAWN_STYLES)
     assert (abs(single/single.sum()-synthetic._SHARES['mild'])<.04).all()
-    assert {*hidden[hidden.map(len)==2].str[0]}=={*CLASSES} # each leads
+    assert {*hidden[hidden.map(len)==2].str[0]}=={*DRAWN_STYLES} # each leads
 
 def test_unlabelled_churches_are_drawn_from_their_hidden_styles(tmp_path):
     root = make_churches(tmp_path/'a', n=6, n_annotated=0, size=64, seed=2, evidence='shortcut', unlabelled=12)
@@ -186,7 +185,7 @@ def test_unlabelled_churches_are_drawn_from_their_hidden_styles(tmp_path):
         image,_ = draw_church(styles, (2,i), 64, int(photo), 'shortcut')
         image.save(tmp_path/'again.jpg', **synthetic.JPEG)
         assert (tmp_path/'again.jpg').read_bytes()==(root/'images'/name).read_bytes()
-        assert synthetic._cue(styles, np.random.default_rng([2,i,1,int(photo)]), 'shortcut', 1.)==CLASSES.index(styles[0])
+        assert synthetic._cue(styles, np.random.default_rng([2,i,1,int(photo)]), 'shortcut', 1.)==DRAWN_STYLES.index(styles[0])
 
 def test_hidden_styles_only_where_there_are_any(tmp_path):
     with pytest.raises(FileNotFoundError, match='without unlabelled photographs'): read_hidden_styles(make_churches(tmp_path/'a', n=4, n_annotated=0, size=64))
@@ -215,17 +214,17 @@ def test_only_drawn_churches_know_the_truth(tmp_path):
     with pytest.raises(FileNotFoundError, match='only drawn churches'): read_truth(tmp_path)
 
 def test_all_parts_can_turn_up():
-    seen = {i.part for style in CLASSES for seed in range(60) for i in draw_church(style, seed, 96)[1] if i.clear}
+    seen = {i.part for style in DRAWN_STYLES for seed in range(60) for i in draw_church(style, seed, 96)[1] if i.clear}
     assert seen==set(ONTOLOGY)
 
-@pytest.mark.parametrize('style', CLASSES)
+@pytest.mark.parametrize('style', DRAWN_STYLES)
 @pytest.mark.parametrize('size', (64,96,224))
 def test_two_clear_parts_at_any_size(style, size):
     for seed in range(6):
         image,found = draw_church(style, seed, size)
         assert image.size==(size,size) and sum(i.clear for i in found)>=2 and all(i.mask.shape==(size,size) for i in found)
 
-@pytest.mark.parametrize('style', CLASSES)
+@pytest.mark.parametrize('style', DRAWN_STYLES)
 def test_masks_are_the_pixels_of_their_part(style):
     "Each part once in white and once in black: the difference is the share of each pixel that it covers."
     plain,seed = Pen.draw,11
@@ -246,7 +245,7 @@ def test_masks_are_the_pixels_of_their_part(style):
 
 def test_what_is_covered_is_not_clear():
     "A wall drawn in front of everything leaves nothing to box."
-    for style in CLASSES:
+    for style in DRAWN_STYLES:
         plan = plan_church(style, np.random.default_rng(4))
         with patch.object(synthetic, 'passers', lambda pen, rng, y: pen.draw('masonry', -1, -1, 3, 3)):
             assert synthetic._photograph(plan, np.random.default_rng(4), 96, None)[1]=={}
@@ -272,9 +271,9 @@ def test_table_is_in_percent_and_plain_options_say_nothing():
 @pytest.mark.parametrize('strength', [0.,.3,1.])
 def test_odds_are_bayes(strength):
     for slot in SLOTS:
-        all_p = np.array([option_odds(slot, (s,), strength)[0] for s in CLASSES])
+        all_p = np.array([option_odds(slot, (s,), strength)[0] for s in DRAWN_STYLES])
         assert np.allclose(all_p.sum(1), 1) and (strength>0 or np.allclose(all_p, all_p.mean(0)))
-        for k,s in enumerate(CLASSES):
+        for k,s in enumerate(DRAWN_STYLES):
             p,e = option_odds(slot, (s,), strength)
             assert np.allclose(np.exp(e)*all_p.mean(0), p)
     p,_ = option_odds('window', ('Romanesque','Gothic'))
@@ -282,12 +281,12 @@ def test_odds_are_bayes(strength):
 
 def test_same_seed_is_the_same_building_with_other_parts():
     shape = lambda style, k: {a: v for a,v in plan_church(style, np.random.default_rng(k)).items() if a in ('height','steep','tower','towers','masonry','depth','side')}
-    for k in range(20): assert len({str(shape(s, k)) for s in CLASSES})==1
+    for k in range(20): assert len({str(shape(s, k)) for s in DRAWN_STYLES})==1
     a,b = (plan_church(s, np.random.default_rng(3)) for s in ('Gothic','Baroque'))
     assert all((a['palette'][m]==b['palette'][m]).all() for m in a['palette'])
 
 def test_parts_of_a_shortcut_world_say_nothing():
-    for style in CLASSES:
+    for style in DRAWN_STYLES:
         found = draw_church(style, 5, 96, evidence='shortcut')[1]
         assert all(i.evidence==0 for i in found)
     assert any(i.evidence!=0 for i in draw_church('Gothic', 5, 96)[1])
@@ -297,7 +296,7 @@ def cues(evidence, strength, n=160):
     hits = []
     for k in range(n):
         rng = np.random.default_rng(k)
-        hits.append(synthetic._cue((CLASSES[k%4],), rng, evidence, strength)==k%4)
+        hits.append(synthetic._cue((DRAWN_STYLES[k%4],), rng, evidence, strength)==k%4)
     return np.mean(hits)
 
 @pytest.mark.parametrize('evidence,strength,expected', [('parts',1,.25), ('shortcut',1,1), ('mixed',1,1), ('shortcut',.5,.625), ('shortcut',0,.25)])

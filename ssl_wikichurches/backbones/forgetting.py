@@ -20,10 +20,9 @@ from sklearn.preprocessing import normalize
 from torchvision.transforms.v2.functional import resize
 from ..data.files import write_file
 from .encoders import Backbone
-from ..data.churches import CLASSES
 from ..data.download import cache_dir
 from .probe import balanced_accuracy, compressed
-from ..data.synthetic import GENERATOR_VERSION, draw_church, plan_church
+from ..data.synthetic import DRAWN_STYLES, GENERATOR_VERSION, draw_church, plan_church
 
 # %% ../../nbs/01c_forgetting.ipynb #43a82c4e
 def _similarities(x, debiased):
@@ -76,7 +75,7 @@ def knn_accuracy(
 # %% ../../nbs/01c_forgetting.ipynb #397222b3
 HELD_OUT_SEED = 1137 # of the churches of the task, and of no others
 ANSWERS = ('none','two') # towers
-_HALVES = 2*len(CLASSES)*len(ANSWERS) # images in the smallest task that is balanced
+_HALVES = 2*len(DRAWN_STYLES)*len(ANSWERS) # images in the smallest task that is balanced
 
 @cache # plans are slow to draw
 def held_out_churches(
@@ -86,9 +85,9 @@ def held_out_churches(
     if n<1 or n%_HALVES: raise ValueError(f"n is {n}: expected a multiple of {_HALVES}, to balance answers, styles and halves")
     found,counts = [],[0]*len(ANSWERS)
     for i in count():
-        towers = plan_church(CLASSES[0], np.random.default_rng([HELD_OUT_SEED,i,0]))['towers'] # the same in each style
+        towers = plan_church(DRAWN_STYLES[0], np.random.default_rng([HELD_OUT_SEED,i,0]))['towers'] # the same in each style
         if towers not in ANSWERS or counts[answer := ANSWERS.index(towers)]==n//len(ANSWERS): continue
-        half,style = divmod(counts[answer], len(CLASSES))
+        half,style = divmod(counts[answer], len(DRAWN_STYLES))
         found.append((i, answer, style, half%2))
         counts[answer] += 1
         if len(found)==n: return tuple(found)
@@ -108,7 +107,7 @@ def _edition(size, n): return f'towers-v{GENERATOR_VERSION}-seed{HELD_OUT_SEED}-
 def _draw_task(path, side, n):
     "Write the file of a task: photographs, answers, and the half that votes first."
     churches = held_out_churches(n)
-    images = torch.stack([compressed(draw_church(CLASSES[style], (HELD_OUT_SEED,i), side)[0]) for i,_,style,_ in churches])
+    images = torch.stack([compressed(draw_church(DRAWN_STYLES[style], (HELD_OUT_SEED,i), side)[0]) for i,_,style,_ in churches])
     _,answers,_,half = torch.tensor(churches).T
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda p: p.write_bytes(save(dict(images=images, answers=answers.contiguous(), train=half==0))))

@@ -18,8 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 from .encoders import Backbone, load_backbone
-from ..data.churches import CLASSES
-from ..data.synthetic import JPEG, draw_church
+from ..data.synthetic import DRAWN_STYLES, JPEG, draw_church
 from ..data.views import PARTS, Photographs
 
 # %% ../../nbs/01b_probe.ipynb #d5d9969c
@@ -38,7 +37,7 @@ def probe_churches(
     "Drawn churches in memory, with their styles."
     images = []
     for i in range(n):
-        image,_ = draw_church((CLASSES[i%4],), (seed,i), 96, **how)
+        image,_ = draw_church((DRAWN_STYLES[i%4],), (seed,i), 96, **how)
         images.append(compressed(image))
     return torch.stack(images),np.arange(n)%4
 

@@ -7,7 +7,7 @@ __all__ = ['EXPECTED', 'census', 'part_graph', 'part_counts']
 
 # %% ../../nbs/00k_census.ipynb #dc747b6e
 import networkx as nx, pandas as pd
-from .churches import CLASSES, STYLES, Churches, church_id, read_church_styles
+from .churches import Churches, read_church_styles
 from .splits import class_labels, read_wc4
 
 # %% ../../nbs/00k_census.ipynb #b73084cf
@@ -20,25 +20,25 @@ EXPECTED = {'photographs':9485, 'churches in churches.json':9346, 'styles':121, 
 def _leaf_counts(churches):
     y,im = class_labels(churches, 'leaf'),churches.images
     free = y[~im.church.reindex(y.index).isin(im.church[im.annotated])]
-    counts = free.map(dict(enumerate(CLASSES))).value_counts()
-    return {'leaf: images':len(y), 'leaf: images of other churches':len(free)} | {f'leaf: {c}':counts.get(c, 0) for c in CLASSES}
+    counts = free.map(dict(enumerate(churches.class_names))).value_counts()
+    return {'leaf: images':len(y), 'leaf: images of other churches':len(free)} | {f'leaf: {c}':counts.get(c, 0) for c in churches.class_names}
 
 def _wc4_counts(churches):
-    try: listed = read_wc4(churches.root)
+    try: listed = read_wc4(churches.root, churches.classes)
     except FileNotFoundError: return {}
-    owner = listed.index.map(church_id)
     return {f'wc4: {p} images':int((listed.part==p).sum()) for p in ('train','val','test')} | {
-            f'wc4: {p} churches':owner[listed.part==p].nunique() for p in ('train','val','test')}
+            f'wc4: {p} churches':listed.church[listed.part==p].nunique() for p in ('train','val','test')}
 
 def census(
     churches:Churches,
 )->pd.DataFrame: # quantity (rows); found (empty where a file is not there), expected, difference
     "Counts of a folder beside those of WikiChurches."
-    tags = churches.images.styles[churches.images.annotated].explode().map(STYLES).value_counts()
+    tags = churches.images.styles[churches.images.annotated].explode().map(churches.classes).value_counts()
     found = {'photographs':len(churches.images), 'churches in churches.json':len(read_church_styles(churches.root)),
              'styles':len(churches.style_names), 'building parts':len(churches.parts), 'annotated images':int(churches.images.annotated.sum()),
-             'expert boxes':len(churches.boxes)} | {f'images tagged {c}':tags.get(c, 0) for c in CLASSES} | _leaf_counts(churches) | _wc4_counts(churches)
-    table = pd.DataFrame(dict(found=pd.Series(found).reindex(EXPECTED).astype('Int64'), expected=pd.Series(EXPECTED)))
+             'expert boxes':len(churches.boxes)} | {f'images tagged {c}':tags.get(c, 0) for c in churches.class_names} | _leaf_counts(churches) | _wc4_counts(churches)
+    rows = [*EXPECTED, *(k for k in found if k not in EXPECTED)] # the last are of classes that WikiChurches does not tell apart
+    table = pd.DataFrame({k:pd.Series(v).reindex(rows).astype('Int64') for k,v in dict(found=found, expected=EXPECTED).items()})
     return table.assign(difference=table.found-table.expected).rename_axis('quantity')
 
 # %% ../../nbs/00k_census.ipynb #4ae53831
@@ -57,7 +57,7 @@ def part_counts(
     churches:Churches,
 )->pd.DataFrame: # boxes and images per style (first tag) and part, most frequent first
     "How often each part was boxed."
-    first = churches.images.styles.map(lambda s: next((STYLES[q] for q in s if q in STYLES), 'another style'))
+    first = churches.images.styles.map(lambda s: next((churches.classes[q] for q in s if q in churches.classes), 'another style'))
     boxes = churches.boxes.assign(style=churches.boxes.image.map(first))
     counts = boxes.groupby(['style','part']).image.agg(boxes='size', images='nunique').reset_index()
     return counts.sort_values(['style','boxes','part'], key=lambda c: -c if c.name=='boxes' else c, ignore_index=True)

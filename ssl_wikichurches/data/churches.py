@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'CLASSES', 'GEOMETRIES', 'BOX_COLUMNS', 'RECORD', 'ENTRY', 'clip_boxes', 'church_id', 'read_style_names',
-           'read_church_styles', 'read_parts', 'read_prepared', 'file_stamp', 'Churches', 'photograph_names',
-           'read_churches', 'eval_transform', 'train_transform', 'box_mask', 'ChurchDataset', 'boxes_in_view']
+           'read_classes', 'read_church_styles', 'read_parts', 'read_prepared', 'file_stamp', 'Churches',
+           'photograph_names', 'read_churches', 'eval_transform', 'train_transform', 'box_mask', 'ChurchDataset',
+           'boxes_in_view']
 
 # %% ../../nbs/00_data.ipynb #abdf285c
 import json, os, reprlib
@@ -20,7 +21,7 @@ from .codec import MARGIN, check_image, image_size, open_image
 
 # %% ../../nbs/00_data.ipynb #509b0392
 STYLES = {'Q46261':'Romanesque', 'Q176483':'Gothic', 'Q236122':'Renaissance', 'Q840829':'Baroque'} # Q-id -> name, in class order
-CLASSES = tuple(STYLES.values())
+CLASSES = tuple(STYLES.values()) # for a while only: `Churches.class_names` replaces it
 GEOMETRIES = ('squash', 'crop', 'letterbox')
 
 # %% ../../nbs/00_data.ipynb #2a7186c9
@@ -83,14 +84,32 @@ def _texts(entry, key, where):
     return tuple(_expect(v, str, f'{where}.{key}[{i}]') for i,v in enumerate(found))
 
 # %% ../../nbs/00_data.ipynb #7810f368
+def _read_names(path):
+    "Names by id; one a line, `Q-id name with spaces`."
+    lines = [l.split(maxsplit=1) for l in _read_text(path).splitlines() if l.strip()]
+    if bad := [l for l in lines if len(l)!=2]: raise ValueError(f"{path.name}: expected 'Q-id name', got {' '.join(bad[0])!r}")
+    try: return _once((q,name.strip()) for q,name in lines)
+    except KeyError as e: raise ValueError(f"{path.name}: {e.args[0]!r} stands on two lines: which name is meant?") from None
+
 def read_style_names(
     root:str|os.PathLike, # WikiChurches folder
 )->dict: # Q-id -> name of every style in `style_names.txt`
-    "Names of all styles; one style a line, `Q-id name with spaces`."
-    lines = [l.split(maxsplit=1) for l in _read_text(Path(root)/'style_names.txt').splitlines() if l.strip()]
-    if bad := [l for l in lines if len(l)!=2]: raise ValueError(f"style_names.txt: expected 'Q-id name', got {' '.join(bad[0])!r}")
-    try: return _once((q,name.strip()) for q,name in lines)
-    except KeyError as e: raise ValueError(f"style_names.txt: {e.args[0]!r} stands on two lines: which name is meant?") from None
+    "Names of all styles."
+    return _read_names(Path(root)/'style_names.txt')
+
+# %% ../../nbs/00_data.ipynb #018fcfc2
+def _checked_classes(classes, said_in):
+    "Classes that can be told apart: two or more, of different names."
+    if len(classes)<2: raise ValueError(f"{said_in} has {len(classes)} classes: expected two or more")
+    if len(set(classes.values()))<len(classes): raise ValueError(f"{said_in} gives two classes one name: {', '.join(classes.values())}")
+    return dict(classes)
+
+def read_classes(
+    root:str|os.PathLike, # WikiChurches folder
+)->dict: # Q-id -> name of each class, in class order
+    "The classes of a folder: those of `classes.txt`, in its order; without that file the four styles of WikiChurches."
+    path = Path(root)/'classes.txt'
+    return _checked_classes(_read_names(path), path.name) if path.is_file() else dict(STYLES)
 
 # %% ../../nbs/00_data.ipynb #6cfbcdff
 def read_church_styles(
@@ -197,15 +216,23 @@ def file_stamp(
 # %% ../../nbs/00_data.ipynb #f9e53f75
 @dataclass(frozen=True)
 class Churches:
-    "A WikiChurches folder as tables."
+    "A folder in the layout of WikiChurches as tables."
     root:Path # the folder
-    images:pd.DataFrame # index: image file name; columns church (Q-id), styles (tuple of Q-ids), annotated (bool)
+    images:pd.DataFrame # index: image; columns church (its group), styles (tuple of Q-ids, of the photograph), church_styles (of the church), annotated
     boxes:pd.DataFrame # one row per expert box: image, part, part_id, group, and left, top, width, height in fractions of the image
     parts:pd.DataFrame # the ontology: name, parents (indices into this table)
     style_names:dict # Q-id -> name, all styles of the folder
     problems:pd.DataFrame # what was left out: image, problem
     prepared:dict = field(default_factory=dict) # of `read_prepared`
+    classes:dict = field(default_factory=lambda: dict(STYLES)) # Q-id -> name of the styles that are told apart, in class order
 
+    @property
+    def class_names(self)->tuple: return tuple(self.classes.values()) # in class order
+    def groups(self, names)->list: # the group of each image: what must not be divided between training and evaluation
+        names = list(names)
+        if lost := [n for n in names if n not in self.images.index]:
+            raise ValueError(f"{len(lost)} images are not in {self}: {lost[:3]}")
+        return self.images.church.loc[names].tolist()
     def path(self, name:str)->Path: return self.root/'images'/name
     def prepared_path(self, name:str, side:int)->Path: # the smallest copy that is up to date and serves for `side`, or the photograph itself
         for folder,entries in self.prepared.items():
@@ -254,14 +281,16 @@ def _unusable(root, names, verify, prepared):
 
 # %% ../../nbs/00_data.ipynb #8b30059f
 def read_churches(
-    root:str|os.PathLike, # folder with images/, churches.json, building_parts.json, style_names.txt
+    root:str|os.PathLike, # folder with images/, churches.json, building_parts.json, style_names.txt, and classes.txt where it has other classes
     on_error:str='raise', # a missing or broken photograph: 'raise' stops; 'skip' leaves it out and lists it in `problems`
     verify:bool=True, # decode every photograph that `prepare` has not seen; False only checks that the annotated files exist
+    classes:dict=None, # Q-id -> name of the styles to tell apart, in class order; None: of `read_classes`
 )->Churches:
     "Read a folder in the layout of WikiChurches. ValueError, with file and entry: not understood; OSError: not there, or broken."
     root = Path(root)
     if on_error not in ('raise','skip'): raise ValueError(f"on_error is {on_error!r}: expected 'raise' or 'skip'")
     photograph_names(root)
+    classes = read_classes(root) if classes is None else _checked_classes(classes, 'classes')
     style_names,churches,prepared = read_style_names(root), read_church_styles(root), read_prepared(root)
     parts,boxes,flat,tags = read_parts(root)
     images = _image_table(root, churches, tags, style_names)
@@ -274,7 +303,7 @@ def read_churches(
     images['annotated'] = images.index.isin(boxes.image)
     noarea = [dict(image=i, problem=f'box of {p} has no area inside the frame') for i,p in zip(flat.image, flat.part)]
     problems = pd.DataFrame([dict(image=n, problem=p) for n,p in wrong.items()]+noarea, columns=['image','problem'])
-    return Churches(root, images, boxes, parts, style_names, problems, prepared)
+    return Churches(root, images, boxes, parts, style_names, problems, prepared, classes)
 
 # %% ../../nbs/00_data.ipynb #ad37745a
 class _Letterbox(v2.Transform):

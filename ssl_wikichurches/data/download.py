@@ -17,7 +17,7 @@ import httpx, pandas as pd, requests
 from tqdm import tqdm
 from .archive import (RECORD, ZENODO, DamagedMember, NoRange, Traffic, file_problem, full_disk_explained, need_space,
                                       one_at_a_time, open_remote_zip, pull, record_files, safe_members, save_member, way_out, web_session)
-from .churches import STYLES, Churches, church_id, read_church_styles, read_churches, read_parts
+from .churches import Churches, church_id, read_church_styles, read_churches, read_classes, read_parts
 from .synthetic import GENERATOR_VERSION, make_churches
 
 # %% ../../nbs/00g_download.ipynb #e3cea179
@@ -171,9 +171,9 @@ def choose_images(
     folder = Path(folder)
     if not isinstance(which, str): return sorted({n for n in which if church_id(n)})
     if which not in SELECTIONS: raise ValueError(f"images is {which!r}: expected one of {', '.join(SELECTIONS)}, or a list of file names")
-    styles = read_church_styles(folder)
+    styles,classes = read_church_styles(folder),read_classes(folder)
     chosen = {'annotated': set, 'all': lambda: set(listed), 'wc4': lambda: _in_lists(folder),
-              'leaf': lambda: {n for n in listed if len(s := styles.get(church_id(n), ()))==1 and s[0] in STYLES}}[which]()
+              'leaf': lambda: {n for n in listed if len(s := styles.get(church_id(n), ()))==1 and s[0] in classes}}[which]()
     return sorted(chosen | set(read_parts(folder)[3]))
 
 # %% ../../nbs/00g_download.ipynb #e7707786

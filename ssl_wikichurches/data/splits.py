@@ -28,22 +28,24 @@ def _lines(path): return [l.split() for l in path.read_text(encoding='utf-8').sp
 
 def read_wc4(
     root:str|os.PathLike, # WikiChurches folder with labels/wc4_*.txt, or wc4_*.txt anywhere below it
-)->pd.DataFrame: # index: image; columns style (Q-id), part ('train', 'val', 'test')
+    classes:dict=STYLES, # Q-id -> name of the styles that may stand in the lists
+)->pd.DataFrame: # index: image; columns style (Q-id), part ('train', 'val', 'test'), church (Q-id)
     "The official label lists: `file-name Q-id` on each line."
     files = {p:f for p in ('train','val','test') for f in sorted(Path(root).rglob(f'wc4_{p}.txt'))[:1]}
     if len(files)<3:
         raise FileNotFoundError(f"labels 'wc4' need wc4_train.txt, wc4_val.txt and wc4_test.txt below {root} "
                                 "(unpack labels.zip there), or use labels='leaf'")
     rows = [(*l, p) for p,f in files.items() for l in _lines(f)]
-    if bad := [r for r in rows if len(r)!=3 or r[1] not in STYLES]:
-        raise ValueError(f"wc4_{bad[0][-1]}.txt: expected 'file-name Q-id' with one of {list(STYLES)}, got {' '.join(bad[0][:-1])!r}")
-    return _disjoint(pd.DataFrame(rows, columns=['image','style','part'])).set_index('image')
+    if bad := [r for r in rows if len(r)!=3 or r[1] not in classes]:
+        raise ValueError(f"wc4_{bad[0][-1]}.txt: expected 'file-name Q-id' with one of {list(classes)}, got {' '.join(bad[0][:-1])!r}")
+    listed = pd.DataFrame(rows, columns=['image','style','part'])
+    return _disjoint(listed.assign(church=listed.image.map(church_id))).set_index('image')
 
 def _disjoint(listed):
     "Refuse a photograph that is listed twice, or a church that is in two lists or in two styles."
     if len(twice := listed.image[listed.image.duplicated()]): raise ValueError(f"wc4 lists: {twice.iloc[0]} is listed twice")
     for what,column in (('lists','part'),('styles','style')):
-        n = listed.groupby(listed.image.map(church_id))[column].nunique()
+        n = listed.groupby('church')[column].nunique()
         if (n>1).any(): raise ValueError(f"wc4 lists: church {n.idxmax()} is in two {what}; expected one")
     return listed
 
@@ -68,49 +70,50 @@ def read_hierarchy(
 def rolled_up(
     style:str, # Q-id
     graph:nx.DiGraph, # of `read_hierarchy`
-)->frozenset: # those of the four styles that it is, or is a variety of
+    classes:dict=STYLES, # Q-id -> name
+)->frozenset: # those of the classes that it is, or is a variety of
     "Where a style leads to."
     seen,todo = set(),[style]
     while todo:
         seen.add(q := todo.pop())
-        todo += [p for p in graph.predecessors(q) if p not in seen] if q in graph and q not in STYLES else []
-    return frozenset(seen & STYLES.keys())
+        todo += [p for p in graph.predecessors(q) if p not in seen] if q in graph and q not in classes else []
+    return frozenset(seen & classes.keys())
 
 # %% ../../nbs/00i_splits.ipynb #8078ffce
-def _leaf(styles):
+def _leaf(styles, classes):
     if not styles: return 'no style'
-    return 'several styles' if len(styles)>1 else styles[0] if styles[0] in STYLES else 'another style'
+    return 'several styles' if len(styles)>1 else styles[0] if styles[0] in classes else 'another style'
 
-def _hierarchy(styles, graph):
+def _hierarchy(styles, graph, classes):
     if not styles: return 'no style'
-    tops = {rolled_up(q, graph) for q in styles}
+    tops = {rolled_up(q, graph, classes) for q in styles}
     if len(tops)>1 or any(len(t)>1 for t in tops): return 'several styles'
     return next(iter(tops.pop()), 'another style')
 
 def label_or_reason(
     churches:Churches,
     labels:str='leaf', # one of `LABELS`
-)->pd.Series: # Q-id of one of the four styles, or why there is none, indexed by image file name
+)->pd.Series: # Q-id of one of the classes, or why there is none, indexed by image file name
     "What every photograph counts as."
     if labels not in LABELS: raise ValueError(f"labels is {labels!r}: expected one of {LABELS}")
-    im = churches.images
-    if labels=='leaf': said = im.church_styles.map(_leaf)
-    elif labels=='wc4': said = read_wc4(churches.root)['style'].reindex(im.index).fillna('not in the lists')
+    im,classes = churches.images,churches.classes
+    if labels=='leaf': said = im.church_styles.map(lambda s: _leaf(s, classes))
+    elif labels=='wc4': said = read_wc4(churches.root, classes)['style'].reindex(im.index).fillna('not in the lists')
     else:
         graph,problems = read_hierarchy(churches.root, churches.style_names)
         if problems: warnings.warn(f"{len(problems)} problems in the hierarchy of styles: {'; '.join(problems[:5])}")
-        said = im.church_styles.map(lambda s: _hierarchy(s, graph))
-    tagged = im.styles.map(lambda s: next((q for q in s if q in STYLES), None))
-    return said.where(said.isin(STYLES)|~im.annotated|tagged.isna(), tagged).rename('label')
+        said = im.church_styles.map(lambda s: _hierarchy(s, graph, classes))
+    tagged = im.styles.map(lambda s: next((q for q in s if q in classes), None))
+    return said.where(said.isin(classes)|~im.annotated|tagged.isna(), tagged).rename('label')
 
 # %% ../../nbs/00i_splits.ipynb #4d551727
 def class_labels(
     churches:Churches,
     labels:str='leaf', # one of `LABELS`
-)->pd.Series: # class 0..3 of each image that has one, indexed by image file name
-    "Class of every usable image: its index in `CLASSES`."
+)->pd.Series: # class of each image that has one, from 0, indexed by image file name
+    "Class of every usable image: its place in `Churches.classes`."
     said = label_or_reason(churches, labels)
-    return said[said.isin(STYLES)].map([*STYLES].index).astype(int).rename('label')
+    return said[said.isin(churches.classes)].map([*churches.classes].index).astype(int).rename('label')
 
 # %% ../../nbs/00i_splits.ipynb #3fbe04e6
 @dataclass(frozen=True)
@@ -133,9 +136,10 @@ class Split:
 # %% ../../nbs/00i_splits.ipynb #647b1e21
 def check_split(
     split:Split,
+    churches:Churches, # which says the church of each image
 )->Split: # the same split
     "Raise if a church is in two parts of the split, or an image twice in one."
-    owners = {p:{church_id(n) for n in names} for p,names in split.parts.items()}
+    owners = {p:set(churches.groups(names)) for p,names in split.parts.items()}
     for p,names in split.parts.items():
         if len(set(names))<len(names): raise ValueError(f"split: an image appears twice in {p!r}")
         if not names and (p=='eval' or p!='test' and split.train+split.val):
@@ -152,7 +156,7 @@ def evaluation_split(
     labels:str='leaf', # one of `LABELS`
 )->Split:
     "The annotated images alone: all that frozen encoders are measured on."
-    return check_split(Split((), (), _annotated(churches, class_labels(churches, labels)), labels=labels))
+    return check_split(Split((), (), _annotated(churches, class_labels(churches, labels)), labels=labels), churches)
 
 # %% ../../nbs/00i_splits.ipynb #28401ccf
 VAL = .12 # share of the churches for validation, as planned
@@ -176,12 +180,13 @@ def make_split(
     if not 0<=val<1: raise ValueError(f"val is {val}: expected a share of at least 0 and below 1")
     if labels=='wc4' and val: raise ValueError(f"val is {val}, but 'wc4' brings its own validation list: leave val out")
     owner,held = im.church.reindex(y.index),_annotated(churches, y)
-    gone = {*im.church[im.annotated], *map(church_id, left_out)}
+    gone = {*im.church[im.annotated], *churches.groups(left_out)}
     free = y[~owner.isin(gone)]
     owner = owner.reindex(free.index)
-    if labels=='wc4': part = read_wc4(churches.root)['part'].reindex(free.index)
+    if labels=='wc4': part = read_wc4(churches.root, churches.classes)['part'].reindex(free.index)
     else: part = owner.map(_by_chance(free.groupby(owner).first(), val or VAL, seed)) # a church has one class
-    return check_split(Split(*(tuple(free.index[part==p]) for p in ('train','val')), held, tuple(free.index[part=='test']), labels, seed, tuple(left_out)))
+    names = {p:tuple(free.index[part==p]) for p in ('train','val','test')}
+    return check_split(Split(eval=held, **names, labels=labels, seed=seed, left_out=tuple(left_out)), churches)
 
 # %% ../../nbs/00i_splits.ipynb #876f3c4a
 def label_counts(
@@ -189,13 +194,13 @@ def label_counts(
     split:Split,
 )->pd.DataFrame: # images per style (rows, then the reasons for having none) and part of the split
     "Where every photograph went."
-    said = label_or_reason(churches, split.labels)
+    said,classes = label_or_reason(churches, split.labels),churches.classes
     part = pd.Series('not used', said.index)
-    part[said.isin(STYLES)] = 'church held out' # of an evaluation image, or left out
+    part[said.isin(classes)] = 'church held out' # of an evaluation image, or left out
     for p,names in split.parts.items(): part[list(names)] = p
     table = pd.crosstab(said, part)
-    rows = [q for q in (*STYLES, *sorted(set(table.index)-STYLES.keys())) if q in table.index]
-    table = table.reindex(rows, columns=[c for c in (*split.parts,'church held out','not used') if c in table]).rename(index=STYLES)
+    rows = [q for q in (*classes, *sorted(set(table.index)-classes.keys())) if q in table.index]
+    table = table.reindex(rows, columns=[c for c in (*split.parts,'church held out','not used') if c in table]).rename(index=classes)
     return table.assign(all=table.sum(axis=1)).rename_axis(index=split.labels, columns=None)
 
 # %% ../../nbs/00i_splits.ipynb #1b750f9d
@@ -236,10 +241,10 @@ def near_duplicates(
     "Photographs of other churches that are copies of a picture, as they are or mirrored."
     theirs = image_hashes(churches, of, progress)
     mirrored = theirs^np.tile(np.arange(HASH_SIDE)%2==1, HASH_SIDE) # odd horizontal frequencies change their sign
-    rows = []
-    for name,h in zip(names, image_hashes(churches, names, progress)):
+    owner,owners,rows = churches.groups(names),churches.groups(of),[]
+    for name,church,h in zip(names, owner, image_hashes(churches, names, progress)):
         bits = np.minimum((theirs!=h).sum(1), (mirrored!=h).sum(1))
-        rows += [(name, of[k], bits[k]) for k in np.flatnonzero(bits<=limit) if church_id(name)!=church_id(of[k])]
+        rows += [(name, of[k], bits[k]) for k in np.flatnonzero(bits<=limit) if church!=owners[k]]
     return pd.DataFrame(rows, columns=NO_PAIRS.columns).sort_values('bits', kind='stable', ignore_index=True)
 
 # %% ../../nbs/00i_splits.ipynb #9bedcb8a
@@ -280,6 +285,7 @@ def save_split(
 # %% ../../nbs/00i_splits.ipynb #45794ba9
 def load_split(
     path:str|os.PathLike, # JSON file of `save_split`
+    churches:Churches=None, # its photographs, of which the churches are compared again; None: the checksum alone vouches for the split
 )->Split:
     "Read a split, and check it again."
     if not (path := Path(path)).is_file(): raise FileNotFoundError(f"there is no split {path}: `save_split` makes one")
@@ -288,6 +294,7 @@ def load_split(
     expected = {*Split.__dataclass_fields__,'sha256'}
     if not isinstance(values, dict) or set(values)!=expected: raise ValueError(f"{path.name} is not a split: expected the fields {sorted(expected)}")
     key = values.pop('sha256')
-    split = check_split(Split(**{k:tuple(v) if isinstance(v, list) else v for k,v in values.items()}))
+    split = Split(**{k:tuple(v) if isinstance(v, list) else v for k,v in values.items()})
+    if churches is not None: check_split(split, churches)
     if split.key!=key: raise ValueError(f"{path.name} was changed after it was saved: its names do not give its checksum. Make it again")
     return split

@@ -240,7 +240,7 @@ def _control(run): return CONTROLS[t.control] if run.tier!=FROZEN and (t := tier
 def _prepare(run, root, loaders=0):
     churches = load_churches(run.data, run.on_error, verify=False) # every photograph was verified when the split was made
     backbone = load_backbone(run.source, size=run.size or None)
-    data = TrainData(churches, load_split(Path(root)/'split.json'), backbone.spec.size, run.geometry, loaders)
+    data = TrainData(churches, load_split(Path(root)/'split.json', churches), backbone.spec.size, run.geometry, loaders)
     return control.apply(data, backbone, run.seed) if (control := _control(run)) else (data, backbone)
 
 def _fit(run, data, backbone, folder, device):
@@ -352,8 +352,8 @@ def _study_split(study, root, churches, progress):
     if not (path := root/'split.json').is_file():
         split,pairs = study_split(churches, *how, progress) if study.tiers else (evaluation_split(churches, study.labels), NO_PAIRS)
         write_file(root/'duplicates.csv', lambda p: pairs.to_csv(p, index=False))
-        return load_split(save_split(split, path))
-    split = load_split(path)
+        return load_split(save_split(split, path), churches)
+    split = load_split(path, churches)
     if split!=(make_split(churches, *how, split.left_out) if study.tiers else evaluation_split(churches, study.labels)):
         raise ValueError(f"{path} is another split than this study's data, labels, val and split_seed give: "
                          "give the study another name, or delete its folder")

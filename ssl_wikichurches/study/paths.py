@@ -72,7 +72,7 @@ def _path(folders, alphas):
 # %% ../../nbs/06g_paths.ipynb #afc5ef38
 def _points(root, study, churches, line, alphas, part, q, device):
     "What `path_points` gives, of a line whose ends are there."
-    folders,split = _folders(root, *line),load_split(Path(root)/'split.json')
+    folders,split = _folders(root, *line),load_split(Path(root)/'split.json', churches)
     known = [p for p,names in split.parts.items() if names and p!='train']
     if part not in known: raise ValueError(f"part is {part!r}: this study can say the accuracy of {', '.join(known)}")
     start,path = _path(folders, alphas)
