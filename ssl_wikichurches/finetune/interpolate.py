@@ -14,13 +14,12 @@ from itertools import cycle
 import pandas as pd, torch
 from matplotlib import pyplot as plt
 from scipy import stats
-from ..attention.capture import pooled_maps
 from ..backbones.encoders import Backbone
-from ..data.churches import ChurchDataset, box_mask, church_id, eval_transform
+from ..data.churches import ChurchDataset, church_id, eval_transform
 from .training import StyleModel, TrainData, check_tensors, classification_scores, classifier_state, load_classifier, predict
 from .lora import LoraRecipe, restore_lora
 from ..attention.plots import model_color
-from ..attention.scores import score_maps
+from ..attention import scores
 
 # %% ../../nbs/04z_interpolate.ipynb #ad9a3c69
 def interpolate(
@@ -74,16 +73,7 @@ def image_iou(
     batch:int=32,
 )->pd.Series: # IoU of each image with a box in view, by name
     "IoU of the last measured block's map, mean over heads."
-    ds = ChurchDataset(data.churches, data.split.eval, eval_transform(data.size, data.geometry))
-    backbone = backbone.eval().requires_grad_(False).to(device)
-    parts = []
-    for at in range(0, len(ds), batch):
-        seen = [item for i in range(at, min(at+batch, len(ds))) if box_mask((item := ds[i])['boxes'], data.size).any()]
-        if not seen: continue
-        maps = pooled_maps(backbone, torch.stack([item['image'] for item in seen]).to(device)).half().float()
-        parts.append(score_maps(maps[:,-1].mean(1).cpu(), [item['boxes'] for item in seen], [item['name'] for item in seen], data.size, only=[f'iou@{q:g}'], percentiles=(q,)))
-    if not parts: raise ValueError(f"no evaluation image has a box in view at geometry {data.geometry!r}")
-    return pd.concat(parts).set_index('image').value
+    return scores.image_iou(backbone, ChurchDataset(data.churches, data.split.eval, eval_transform(data.size, data.geometry)), q, device, batch)
 
 # %% ../../nbs/04z_interpolate.ipynb #37815e17
 def path_points(

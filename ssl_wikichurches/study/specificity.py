@@ -11,7 +11,8 @@ import pandas as pd
 from ..finetune.tiers import CONTROLS, tier_method
 from ..stats.shift import bca_interval, by_church, holm, paired_shift, readable_table, shift_table
 from ..attention.metrics import PRIMARY
-from .results import _beside_frozen, _scores, complete_runs, higher_is_better, study_scores
+from ..attention.scores import higher_is_better
+from .results import _beside_frozen, _scores, complete_runs, study_scores
 
 # %% ../../nbs/06c_specificity.ipynb #8795a404
 def control_scores(
