@@ -16,7 +16,8 @@ from fastcore.script import Param, call_parse, store_true
 from .data.archive import ZENODO
 from .backbones.encoders import TINY
 from .data.download import SELECTIONS, download_churches, source_folder, synthetic_folder, verify_churches
-from .study.experiments import DEMO, Study, best_device, load_study, run_study
+from .study.plan import DEMO, Study, load_study
+from .study.runs import best_device, run_study
 from .attention.metrics import PRIMARY
 from .study.paths import mean_paths, paths_plot, study_paths
 from .data.prepare import prepare, prepare_report

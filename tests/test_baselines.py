@@ -15,7 +15,8 @@ from ssl_wikichurches.attention.baselines import baseline_maps, edge_maps, prior
 from ssl_wikichurches.finetune.controls import random_twin
 from ssl_wikichurches.data.churches import ChurchDataset, box_mask, eval_transform
 from ssl_wikichurches.data.download import load_churches
-from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.study.plan import Study
+from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.attention.metrics import auroc, iou_at_percentile, upsample
 from ssl_wikichurches.study.results import read_study, study_scores

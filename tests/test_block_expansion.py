@@ -13,7 +13,8 @@ from ssl_wikichurches.finetune.block_expansion import (BlockExpansionRecipe, add
                                               identity_copy, restore_block_expansion)
 from ssl_wikichurches.data.files import read_tensors, write_tensors
 from ssl_wikichurches.data.download import load_churches
-from ssl_wikichurches.study.experiments import Study, measure, run_study
+from ssl_wikichurches.study.plan import Study
+from ssl_wikichurches.study.runs import evaluate_maps, run_study
 from ssl_wikichurches.finetune.training import StyleModel, TrainData, make_recipe, new_classifier
 from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters
 from ssl_wikichurches.attention.maps import compute_maps, load_maps
@@ -306,7 +307,7 @@ def test_in_a_study_block_k_is_block_k(name, tmp_path, drawn):
     assert torch.equal(blocks(before)[:,:2], blocks(after)[:,:2]) and not torch.equal(blocks(before)[:,2:], blocks(after)[:,2:])
     run = json.loads((root/f'{name}-block_expansion-seed0'/'recipe.json').read_text())
     again = restore_block_expansion(load_backbone(name, size=64), BlockExpansionRecipe(**run['recipe']), read_tensors(root/f'{name}-block_expansion-seed0'/'model.safetensors')[0])
-    stored,_ = measure(again, TrainData(load_churches(str(drawn)), load_split(root/'split.json'), 64))
+    stored,_ = evaluate_maps(again, TrainData(load_churches(str(drawn)), load_split(root/'split.json'), 64))
     assert torch.equal(stored.maps.float(), after.maps)
 
 def test_recipe_round_trips():

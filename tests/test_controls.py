@@ -9,7 +9,8 @@ from ssl_wikichurches.finetune.controls import LIGHT, other_task, random_labels,
 from ssl_wikichurches.data.churches import church_id, read_churches
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.finetune.tiers import CONTROLS, tier_method
-from ssl_wikichurches.study.experiments import Study, measure, run_study, tier_recipe
+from ssl_wikichurches.study.plan import Study, tier_recipe
+from ssl_wikichurches.study.runs import evaluate_maps, run_study
 from ssl_wikichurches.finetune.training import TrainData, make_recipe
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.attention.maps import load_maps
@@ -133,7 +134,7 @@ def test_trains_as_what_it_controls(done, drawn):
 
 def test_an_untrained_network_has_its_own_start(done, drawn):
     data = TrainData(load_churches(str(drawn)), load_split(done/'split.json'), 64)
-    want,_ = measure(random_twin(load_backbone('tiny-clip', size=64), 1), data)
+    want,_ = evaluate_maps(random_twin(load_backbone('tiny-clip', size=64), 1), data)
     assert torch.equal(load_maps(done/'tiny-clip-random_init-seed1'/'start.safetensors').maps, want.maps)
     scores = control_scores(done)
     level = scores.groupby(['tier','seed']).before.mean().unstack()

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, eval_transform, read_churches
 from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, block_table, church_cells, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
                                      part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs)
-from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.study.plan import Study
+from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.stats.seeds import moderation
 from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot

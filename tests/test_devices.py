@@ -4,11 +4,12 @@ import torch, pandas as pd, pytest
 from dataclasses import replace
 from multiprocessing import get_context
 from torch.utils.data import DataLoader, TensorDataset
-from ssl_wikichurches.study import experiments
+from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune.devices import BatchShares, Team, launch
-from ssl_wikichurches.study.experiments import Study, gpu_groups, run_study
+from ssl_wikichurches.study.plan import Study
+from ssl_wikichurches.study.runs import gpu_groups, run_study
 from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
@@ -99,7 +100,7 @@ def test_every_worker_has_its_own_gpus(monkeypatch):
     monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
     for _ in range(3):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-        experiments._take_place(1, ['0,1','2,3','4,5'], taken)
+        runs_module._take_place(1, ['0,1','2,3','4,5'], taken)
         places.append(os.environ['CUDA_VISIBLE_DEVICES'])
     assert places==['0,1','2,3','4,5']
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches.study import experiments
+from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.study.experiments import DEMO, Run, Study, execute, load_study, measure, run_study, study_runs
+from ssl_wikichurches.study.plan import DEMO, Run, Study, load_study, study_runs
+from ssl_wikichurches.study.runs import execute, evaluate_maps, run_study
 from ssl_wikichurches.finetune.training import StyleModel, predict
 from ssl_wikichurches.study.detail import example_images, examples
 from ssl_wikichurches.study.report import load_examples, save_results, write_report
@@ -57,8 +58,8 @@ def test_table_of_a_study(done):
 def test_a_run_is_rebuilt_to_the_last_bit(done, tier):
     folder = done/('tiny-siglip-frozen' if tier=='frozen' else f'tiny-siglip-{tier}-seed0')
     backbone,classifier = load_run(folder)
-    data,_ = experiments._prepare(Run(**json.loads((folder/'recipe.json').read_text())), done)
-    (found,_),kept = measure(backbone, data),load_maps(folder)
+    data,_ = runs_module.prepare_run(Run(**json.loads((folder/'recipe.json').read_text())), done)
+    (found,_),kept = evaluate_maps(backbone, data),load_maps(folder)
     assert found.images==kept.images and found.header==kept.header
     for k in ('maps','prefix','received','artifacts'): assert torch.equal(getattr(found, k).float(), getattr(kept, k))
     if tier=='frozen': assert classifier is None
@@ -82,7 +83,7 @@ def test_metrics_can_be_computed_again_from_the_maps(done):
 
 def test_only_what_is_missing_runs(root, monkeypatch):
     before,started = study_table(root), []
-    monkeypatch.setattr(experiments, 'execute', lambda run, *a: started.append(run.name) or execute(run, *a))
+    monkeypatch.setattr(runs_module, 'execute', lambda run, *a: started.append(run.name) or execute(run, *a))
     here(read_study(root), root.parent)
     assert started==[]
     for name in ('tiny-clip-lora-seed0','tiny-siglip-full-seed0'): (root/name/'run.json').unlink()

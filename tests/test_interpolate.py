@@ -10,7 +10,7 @@ from ssl_wikichurches.attention.capture import pooled_maps
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune.block_expansion import BlockExpansionRecipe, expand, fit_block_expansion
 from ssl_wikichurches.data.churches import church_id
-from ssl_wikichurches.study.experiments import measure
+from ssl_wikichurches.study.runs import evaluate_maps
 from ssl_wikichurches.finetune.training import StyleModel, classifier_state, load_classifier, new_classifier
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear
@@ -139,14 +139,14 @@ def test_dora_has_no_such_line_and_its_merged_weights_have_one():
 # ---- scores along the line
 
 def test_scores_at_the_ends_are_those_of_a_study(data):
-    "By the functions that score a run: accuracy of Fitted, IoU of what `measure` stores."
+    "By the functions that score a run: accuracy of Fitted, IoU of what `evaluate_maps` gives."
     probe = fit_linear(load_backbone('tiny-clip'), data, LinearRecipe(solver='logistic'))
     full = fit_full(load_backbone('tiny-clip'), data, FullRecipe(epochs=1, batch=30, lr=1e-3, backbone_lr=5e-4))
     start,end = (StyleModel(f.backbone, f.classifier) for f in (probe, full))
     table = path_scores(straight_path(start, end, (0.,.5,1.)), data)
     iou = {}
     for alpha,f in ((0.,probe), (1.,full)):
-        stored,boxes = measure(f.backbone, data)
+        stored,boxes = evaluate_maps(f.backbone, data)
         scores = score_maps(stored.maps, boxes, [*stored.images], 96, [church_id(n) for n in stored.images]).query("metric=='iou@90' and head=='mean' and block==3")
         iou[alpha] = scores.set_index('image').value
         pd.testing.assert_series_equal(image_iou(f.backbone, data), iou[alpha], check_exact=True)

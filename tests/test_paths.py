@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from scipy import stats
 from timm_models import timm_model
-from ssl_wikichurches.study import experiments
+from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.study import results
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.cli import wikichurches_paths
 from ssl_wikichurches.data.churches import church_id
 from ssl_wikichurches.data.download import load_churches
-from ssl_wikichurches.study.experiments import Run, Study, run_study, tier_recipe
+from ssl_wikichurches.study.plan import Run, Study, tier_recipe
+from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import StyleModel, classifier_state
 from ssl_wikichurches.finetune.lp_ft import probe_classifier
 from ssl_wikichurches.finetune.interpolate import ALPHAS, interpolate
@@ -108,7 +109,7 @@ def test_lp_ft_began_at_alpha_0(done):
     "The classifier of the linear run is the one that this tier starts from, and its backbone the frozen one."
     linear,_ = folders = _folders(done, 'tiny-clip', 'lp_ft', 0)
     run = Run(**json.loads((linear/'recipe.json').read_text()))
-    data,backbone = experiments._prepare(run, done)
+    data,backbone = runs_module.prepare_run(run, done)
     own = probe_classifier(backbone, data, tier_recipe(results.read_study(done), 'lp_ft'))
     (_,m), = _path(folders, (0.,))[1]
     for k,v in classifier_state(own).items(): torch.testing.assert_close(m.state_dict()[k], v, rtol=1e-5, atol=1e-6)
@@ -245,7 +246,7 @@ def test_the_command(seeded, done, tmp_path, capsys):
 @pytest.mark.parametrize('architecture', ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224'))
 def test_models_of_timm(drawn, tmp_path, monkeypatch, architecture):
     def load(source, size=None): return timm_model(architecture)
-    for module in (experiments, results): monkeypatch.setattr(module, 'load_backbone', load)
+    for module in (runs_module, results): monkeypatch.setattr(module, 'load_backbone', load)
     tiers = ('linear','lora','full')
     root = run(small(drawn, 'timm', models=('mine=timm/toy',), tiers=tiers, recipes=of(tiers)), tmp_path)
     check_ends(root, study_paths(root, alphas=(0.,.5,1.), progress=False))

@@ -16,7 +16,8 @@ from ssl_wikichurches.finetune.attn_supervised import BoxedOrder
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.data.churches import CLASSES, ChurchDataset, church_id, read_churches, train_transform
 from ssl_wikichurches.data.download import load_churches, synthetic_folder
-from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.study.plan import Study
+from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import StyleModel, make_recipe, new_classifier
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
 from ssl_wikichurches.finetune.semi_supervised import (KINDS, LABEL_FILE, SelfTeacher, SemiSupervisedRecipe, UnlabelledTerm, best_of_class, check_pool, energy_limit, fit_semi_supervised,

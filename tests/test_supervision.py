@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 from ssl_wikichurches.cli import compose_study
 from ssl_wikichurches.data.churches import church_id
-from ssl_wikichurches.study.experiments import Study, run_study, study_runs, tier_recipe
+from ssl_wikichurches.study.plan import Study, study_runs, tier_recipe
+from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.stats.seeds import clustered_shift
 from ssl_wikichurches.study.report import save_results, write_report
 from ssl_wikichurches.study.results import complete_runs, cost_table, load_run, missing_runs, rescore, study_table

@@ -8,7 +8,7 @@ from PIL import Image
 from ssl_wikichurches.data import synthetic
 from ssl_wikichurches.data.churches import STYLES, read_churches
 from ssl_wikichurches.data.download import EDITIONS, load_churches, synthetic_folder
-from ssl_wikichurches.study.experiments import data_key
+from ssl_wikichurches.study.runs import data_key
 from ssl_wikichurches.data.parts import DRAWN, ONTOLOGY, Pen, draw_part
 from ssl_wikichurches.data.scene import CUES, make_tile, texture
 from ssl_wikichurches.data.splits import class_labels, evaluation_split, make_split

@@ -14,7 +14,8 @@ from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune.checkpoint import put_tensors, trained_tensors
 from ssl_wikichurches.finetune.devices import Team
 from ssl_wikichurches.finetune.tiers import TIERS
-from ssl_wikichurches.study.experiments import Study, run_study
+from ssl_wikichurches.study.plan import Study
+from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
 from ssl_wikichurches.finetune.full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
 from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear, logistic_probe, pooled_features
@@ -73,7 +74,7 @@ def test_tensors_of_another_model_are_not_put():
 def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
     study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=40)))
     whole = run_study(study, tmp_path/'a', workers=1, progress=False)/'tiny-clip-full-seed0'
-    script = f"from ssl_wikichurches.study.experiments import *\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, progress=False)"
+    script = f"from ssl_wikichurches.study.runs import *\nfrom ssl_wikichurches.study.plan import Study\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, progress=False)"
     (tmp_path/'go.py').write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path/'go.py')])
     folder = tmp_path/'b/s/tiny-clip-full-seed0'

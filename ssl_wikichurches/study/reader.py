@@ -26,7 +26,9 @@ from ..data.download import load_churches
 from ..data.files import available_cores
 from ..data.splits import Split, class_labels, load_split
 from ..finetune.training import load_classifier
-from .experiments import Run, Study, as_study, store_scores, study_runs, tier_method
+from ..finetune.tiers import tier_method
+from .plan import Run, Study, as_study, study_runs
+from .runs import store_scores
 
 # %% ../../nbs/06c_reader.ipynb #3dc72733
 RUN_KINDS = ('plain','supervised','control','all')
