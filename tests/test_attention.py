@@ -26,7 +26,7 @@ def vit_b(name, sharpen=1.):
         if spec.family=='timm': recipe = dict(library='timm', architecture='vit_base_patch16_224', options={})
         else:
             more = dict(num_register_tokens=4) if spec.n_prefix==5 else {}
-            recipe = backbones.transformers_architecture(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+            recipe = backbones.transformers_architecture(AutoConfig.for_model(backbones.FAMILIES[spec.family].types[0], hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                                                                intermediate_size=3072, image_size=518 if name=='dinov2' else 224, patch_size=spec.patch, **more))
         b = Backbone(spec, backbones.build_architecture(recipe), recipe).eval()
     with torch.no_grad():
@@ -579,7 +579,7 @@ def test_sizes_of_real_patches(name, size):
         if spec.family=='timm': recipe = dict(library='timm', architecture='vit_base_patch16_224', options=dict(embed_dim=32, depth=2, num_heads=2))
         else:
             more = dict(num_register_tokens=4) if spec.n_prefix==5 else {}
-            recipe = backbones.transformers_architecture(AutoConfig.for_model(backbones._TYPES[spec.family], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            recipe = backbones.transformers_architecture(AutoConfig.for_model(backbones.FAMILIES[spec.family].types[0], hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
                                                                image_size=518 if name=='dinov2' else 224, patch_size=spec.patch, **more))
         b = backbones.resized(Backbone(BACKBONES[name], backbones.build_architecture(recipe), recipe), spec).eval()
     for p in (p for k,p in b.model.named_parameters() if ('position' in k or k=='pos_embed')): p.normal_(std=.5, generator=torch.Generator().manual_seed(1))

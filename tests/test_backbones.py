@@ -1,5 +1,5 @@
 "Every way a backbone can be loaded, saved and refused."
-import json, os, socket
+import json, os, socket, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import pytest, timm, torch
@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, CLIPConfig, CLIPModel, Dinov2WithRegistersForImageClassification, SiglipConfig, SiglipModel,
                           ViTMAEForPreTraining)
 from ssl_wikichurches.backbones import encoders as backbones
-from ssl_wikichurches.backbones.encoders import BACKBONES, HALF, IMAGENET, OPENAI, TINY, attention_projections, load_backbone, save_backbone
+from ssl_wikichurches.backbones.encoders import attention_projections, load_backbone, save_backbone
+from ssl_wikichurches.backbones.registry import BACKBONES, FAMILIES, HALF, IMAGENET, OPENAI, TINY, WEIGHTS
 
 HUGGING = [k for k in TINY if k!='tiny-supervised']
 
@@ -71,7 +72,7 @@ def test_pooled_feature_is_the_family_s_own(name):
 
 def test_projections_of_vit_b_size():
     for family in ('dinov2', 'dinov3', 'mae', 'clip', 'siglip'):
-        config = AutoConfig.for_model(backbones._TYPES[family], **dict(num_register_tokens=4) if family.startswith('dino') else {})
+        config = AutoConfig.for_model(FAMILIES[family].types[0], **dict(num_register_tokens=4) if family.startswith('dino') else {})
         with torch.device('meta'): model = backbones.build_architecture(backbones.transformers_architecture(config))
         b = backbones.Backbone(replace(BACKBONES[family], size=224), model, {})
         assert (b.depth, b.n_heads, b.dim)==(12, 12, 768) or family=='dinov3'
@@ -156,6 +157,23 @@ def test_truncated_weights(tmp_path):
     load_backbone('tiny-clip').model.save_pretrained(tmp_path/'hf')
     path = tmp_path/'hf'/'model.safetensors'; path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match='damaged or incomplete'): load_backbone(tmp_path/'hf')
+
+def test_folders_of_before_are_read(tmp_path):
+    "The architecture was called recipe once: in the folders of the package it still is."
+    b = load_backbone('tiny-clip'); save_backbone(b, tmp_path)
+    about = json.loads((tmp_path/'backbone.json').read_text()); about['recipe'] = about.pop('architecture')
+    (tmp_path/'backbone.json').write_text(json.dumps(about))
+    again = load_backbone(tmp_path)
+    assert again.architecture==b.architecture and torch.equal(run(again, images()), run(b, images()))
+    assert 'recipe' in json.loads((WEIGHTS/'tiny-clip'/'backbone.json').read_text())
+
+# ---- what is imported
+
+@pytest.mark.parametrize('name,needed', (('tiny-clip','transformers'), ('tiny-supervised','timm'), ('',None)))
+def test_a_library_is_imported_when_it_is_needed(name, needed):
+    code = 'import sys; from ssl_wikichurches.backbones.encoders import load_backbone; '+f'load_backbone({name!r}); '*bool(name)+'print(*sys.modules)'
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert {'timm','transformers'}&{*found}=={needed}-{None}
 
 # ---- folders in the layout of transformers
 
