@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from .metrics import upsample
+from ..backbones.registry import PUBLISHED
 
 # %% ../../nbs/02c_plots.ipynb #33675646
-MODEL_COLORS = dict(dinov2='#0072B2', dinov3='#56B4E9', mae='#009E73', clip='#E69F00', siglip='#D55E00', siglip2='#CC79A7',
-                    supervised='#000000')
+MODEL_COLORS = {k:e.color for k,e in PUBLISHED.items()}
 BOX_COLOR = '#00E5FF'
 
 def model_color(

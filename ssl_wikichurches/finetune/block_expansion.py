@@ -13,17 +13,18 @@ import torch
 from torch import nn
 from ..attention.capture import pooled_maps, received_maps
 from ..backbones.encoders import Backbone
+from ..backbones.registry import FAMILIES
 from .training import Fitted, Recipe, StyleModel, TrainData, both_states, check_tensors, classifier_state, new_classifier, train
 
 # %% ../../nbs/04c_block_expansion.ipynb #acf04fb0
-_ENDS = dict(attention=re.compile(r'(attention|attn|self_attn)\.(o_proj|out_proj|proj)'), mlp=re.compile(r'mlp\.(fc2|down_proj)'))
+_ENDS = {k:{f.branch_ends[i] for f in FAMILIES.values()} for i,k in enumerate(('attention','mlp'))} # names in any family
 
 def branch_ends(
     block:nn.Module, # a transformer block of any family
 )->list: # names of two linear maps in `block`: of the attention and of the MLP
     "Where the two residual branches of a block end."
     linear = [n for n,m in block.named_modules() if isinstance(m, nn.Linear)]
-    ends = {k:[n for n in linear if pattern.fullmatch(n)] for k,pattern in _ENDS.items()}
+    ends = {k:[n for n in linear if n in known] for k,known in _ENDS.items()}
     if wrong := [k for k,names in ends.items() if len(names)!=1]:
         raise ValueError(f"the {wrong[0]} of {type(block).__name__} ends in {ends[wrong[0]] or 'nothing known'}: expected one linear map among {linear}")
     return [names[0] for names in ends.values()]
