@@ -1,5 +1,5 @@
 "Mechanics of `data` and `download`: broken input, label lists, geometry under many draws, real photographs."
-import json, shutil
+import json, shutil, subprocess, sys
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -151,3 +151,18 @@ def test_real_photographs(real):
     assert boxes_in_view(churches)['in_view']==356
     big = open_image(next((real/'large').rglob('*.[jp][pn]*g')))
     assert big.mode=='RGB' and min(big.size)>300
+
+# ---- nothing is imported before it is needed
+
+LIGHT = ('files','codec','churches','parts','scene','synthetic','archive','download','splits','prepare','census')
+
+def test_tables_and_splits_need_no_torch(drawn):
+    "In a fresh interpreter: neither the import nor reading a folder loads a library for pixels or statistics."
+    code = f"""import sys
+import {', '.join(f'ssl_wikichurches.data.{m}' for m in LIGHT)}
+from ssl_wikichurches.data.churches import read_churches, train_transform
+from ssl_wikichurches.data.splits import evaluation_split
+churches = read_churches({str(drawn)!r}); evaluation_split(churches); train_transform(64)
+print(*sorted({{'torch','torchvision','scipy','sklearn','httpx','imagehash','networkx','timm','transformers'}}&{{*sys.modules}}))"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip()=='', done.stdout

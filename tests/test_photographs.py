@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from ssl_wikichurches.data import codec
 from ssl_wikichurches.data.codec import MARGIN, check_image, image_header, image_size, open_image
-from ssl_wikichurches.data.churches import RECORD, ChurchDataset, box_mask, boxes_in_view, eval_transform, read_churches, read_prepared
+from ssl_wikichurches.data.churches import PREPARED_RECORD, ChurchDataset, box_mask, boxes_in_view, eval_transform, read_churches, read_prepared
 from ssl_wikichurches.data.prepare import prepare, prepare_report
 
 def pixels(path, side=None): return np.asarray(open_image(path, side)).astype(int)
@@ -375,7 +375,7 @@ def state(root, side=128): return {p.name:p.read_bytes() for p in (root/f'prepar
 def test_copies_are_small_upright_and_right(large):
     table = quiet(large)
     assert len(table)==13 and table.made.all() and (table.problem=='').all()
-    assert set(state(large))=={*table.index, RECORD}
+    assert set(state(large))=={*table.index, PREPARED_RECORD}
     for n,t in table.iterrows():
         copy = large/'prepared-128'/n
         assert image_size(copy)==(t.copy_width,t.copy_height) and image_header(copy)['format']=='JPEG' and copy.stat().st_size==t.copy_bytes
@@ -448,7 +448,7 @@ def test_killed_midway_and_resumed_to_the_same_bytes(large, tmp_path):
     table = quiet(large)
     assert len(table)==104 and not list(copies.glob('.*'))
     for n,data in state(other).items():
-        if n!=RECORD: assert (copies/n).read_bytes()==data
+        if n!=PREPARED_RECORD: assert (copies/n).read_bytes()==data
 
 def alive(pid):
     try: return (Path('/proc')/str(pid)/'stat').read_text().rsplit(')', 1)[1].split()[0]!='Z'
@@ -471,13 +471,13 @@ def test_workers_end_with_a_killed_parent_and_make_the_same(large, tmp_path):
     table = quiet(large, workers=2)
     assert len(table)==260 and not list(copies.glob('.*'))
     for n,data in state(other).items():
-        if n!=RECORD: assert (copies/n).read_bytes()==data
+        if n!=PREPARED_RECORD: assert (copies/n).read_bytes()==data
 
 def test_two_processes_at_once(large, tmp_path):
     other = shutil.copytree(large, tmp_path/'other')
     quiet(other)
     assert [p.wait() for p in [start(large), start(large)]]==[0,0]
-    assert {n:d for n,d in state(large).items() if n!=RECORD}=={n:d for n,d in state(other).items() if n!=RECORD}
+    assert {n:d for n,d in state(large).items() if n!=PREPARED_RECORD}=={n:d for n,d in state(other).items() if n!=PREPARED_RECORD}
     assert not quiet(large).made.any()
 
 def test_who_reads_the_copies(large):
@@ -491,8 +491,8 @@ def test_who_reads_the_copies(large):
     assert churches.prepared_path(name, 64)==churches.path(name) # another file than the record says
     path.write_bytes(data); assert churches.prepared_path(name, 64)==path
     red = Image.new('RGB', image_size(path), 'red'); red.save(path); b = path.read_bytes()
-    record = json.loads((large/'prepared-128'/RECORD).read_text()); record['photographs'][name]['copy_bytes'] = len(b)
-    (large/'prepared-128'/RECORD).write_text(json.dumps(record))
+    record = json.loads((large/'prepared-128'/PREPARED_RECORD).read_text()); record['photographs'][name]['copy_bytes'] = len(b)
+    (large/'prepared-128'/PREPARED_RECORD).write_text(json.dumps(record))
     churches = read_churches(large)
     image = lambda prepared, tfm: ChurchDataset(churches, [name], tfm, prepared=prepared)[0]['image']
     assert image(True, eval_transform(64))[1].max()<.05 # the red copy
@@ -512,7 +512,7 @@ def test_a_copy_shows_what_its_photograph_shows(large):
                                     lambda d: d['photographs'].update({'Q1_wd0.jpg':dict(problem='')}), lambda d: d['photographs']['Q1_wd0.jpg'].update(copy_width=None)])
 def test_damaged_record_is_named(large, change):
     quiet(large)
-    path = large/'prepared-128'/RECORD
+    path = large/'prepared-128'/PREPARED_RECORD
     d = json.loads(path.read_text()); change(d); path.write_text(json.dumps(d))
     with pytest.raises(ValueError, match='prepared.json.*deleted'): read_churches(large)
     path.write_text('{')

@@ -6,7 +6,7 @@
 __all__ = ['EXPECTED', 'census', 'part_graph', 'part_counts']
 
 # %% ../../nbs/00k_census.ipynb #dc747b6e
-import networkx as nx, pandas as pd
+import pandas as pd
 from .churches import Churches, read_church_styles
 from .splits import class_labels, read_wc4
 
@@ -29,6 +29,7 @@ def _wc4_counts(churches):
     return {f'wc4: {p} images':int((listed.part==p).sum()) for p in ('train','val','test')} | {
             f'wc4: {p} churches':listed.church[listed.part==p].nunique() for p in ('train','val','test')}
 
+# %% ../../nbs/00k_census.ipynb #058187d9
 def census(
     churches:Churches,
 )->pd.DataFrame: # quantity (rows); found (empty where a file is not there), expected, difference
@@ -36,7 +37,8 @@ def census(
     tags = churches.images.styles[churches.images.annotated].explode().map(churches.classes).value_counts()
     found = {'photographs':len(churches.images), 'churches in churches.json':len(read_church_styles(churches.root)),
              'styles':len(churches.style_names), 'building parts':len(churches.parts), 'annotated images':int(churches.images.annotated.sum()),
-             'expert boxes':len(churches.boxes)} | {f'images tagged {c}':tags.get(c, 0) for c in churches.class_names} | _leaf_counts(churches) | _wc4_counts(churches)
+             'expert boxes':len(churches.boxes), **{f'images tagged {c}':tags.get(c, 0) for c in churches.class_names}}
+    found |= _leaf_counts(churches) | _wc4_counts(churches)
     rows = [*EXPECTED, *(k for k in found if k not in EXPECTED)] # the last are of classes that WikiChurches does not tell apart
     table = pd.DataFrame({k:pd.Series(v).reindex(rows).astype('Int64') for k,v in dict(found=found, expected=EXPECTED).items()})
     return table.assign(difference=table.found-table.expected).rename_axis('quantity')
@@ -44,8 +46,9 @@ def census(
 # %% ../../nbs/00k_census.ipynb #4ae53831
 def part_graph(
     churches:Churches,
-)->nx.DiGraph: # from parent to child, by name
+)->'networkx.DiGraph': # from parent to child, by name
     "The ontology of building parts."
+    import networkx as nx
     graph = nx.DiGraph()
     graph.add_nodes_from(churches.parts.name)
     graph.add_edges_from((churches.parts.name[p], name) for name,parents in zip(churches.parts.name, churches.parts.parents) for p in parents)
@@ -56,7 +59,7 @@ def part_graph(
 def part_counts(
     churches:Churches,
 )->pd.DataFrame: # boxes and images per style (first tag) and part, most frequent first
-    "How often each part was boxed."
+    "How many boxes each part has."
     first = churches.images.styles.map(lambda s: next((churches.classes[q] for q in s if q in churches.classes), 'another style'))
     boxes = churches.boxes.assign(style=churches.boxes.image.map(first))
     counts = boxes.groupby(['style','part']).image.agg(boxes='size', images='nunique').reset_index()

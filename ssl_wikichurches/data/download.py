@@ -13,7 +13,7 @@ import json, os, shutil, tarfile, tempfile, zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-import httpx, pandas as pd, requests
+import pandas as pd, requests
 from tqdm import tqdm
 from .archive import (RECORD, ZENODO, DamagedMember, NoRange, Traffic, file_problem, full_disk_explained, need_space,
                                       one_at_a_time, open_remote_zip, pull, record_files, safe_members, save_member, way_out, web_session)
@@ -31,7 +31,7 @@ _DEFAULT = dict(n=420, n_annotated=60, size=96, seed=0, unlabelled=60)
 EDITIONS = { # source -> arguments of `make_churches`
     'synthetic': _DEFAULT,
     'synthetic-shortcut': _DEFAULT|dict(evidence='shortcut'), # style shows in the color of a banner, and in nothing else
-    'synthetic-shortcut-large': _DEFAULT|dict(n=800, evidence='shortcut'), # enough of them for a toy to find that out
+    'synthetic-shortcut-large': _DEFAULT|dict(n=800, evidence='shortcut'), # enough of them for a tiny backbone to learn it
     'synthetic-mixed': _DEFAULT|dict(evidence='mixed'), # in the banner and in the parts
     'synthetic-full': dict(n=4727, n_annotated=139, size=224, seed=0, imbalance='real', several=0.)} # counts of the real set
 
@@ -190,8 +190,8 @@ def photographs(
     named,left = {},[]
     for path,m in members:
         if _is_litter(path) or _church_of(path.name) not in churches: left.append(str(path)); continue
-        twin = named.setdefault(path.name, m)
-        if twin is not m and (isinstance(m, tarfile.TarInfo) or (twin.file_size, twin.CRC)!=(m.file_size, m.CRC)):
+        first = named.setdefault(path.name, m)
+        if first is not m and (isinstance(m, tarfile.TarInfo) or (first.file_size, first.CRC)!=(m.file_size, m.CRC)):
             raise ValueError(f"the archive has two photographs {path.name}, and they differ: which one the metadata means cannot be known")
     return named, left
 
@@ -293,6 +293,7 @@ MIRROR = 'LZSI-2/WikiChurches'
 @contextmanager
 def _hub_explained(repo):
     "Failures of the hub as one kind of error, with a remedy."
+    import httpx
     try: yield
     except httpx.HTTPError as e:
         raise ConnectionError(f"the mirror {repo} cannot be read ({type(e).__name__}: {e}); what has arrived is kept, so run again later") from e

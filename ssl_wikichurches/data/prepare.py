@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 from .files import available_cores, worker_pool
 from .codec import image_header, open_image
-from .churches import ENTRY, RECORD, file_stamp, photograph_names, read_prepared
+from .churches import ENTRY, PREPARED_RECORD, file_stamp, photograph_names, read_prepared
 
 # %% ../../nbs/00j_prepare.ipynb #986feaac
 def shrink(
@@ -66,9 +66,9 @@ def _settings(side, quality): return dict(version=1, side=side, quality=quality)
 
 def _kept(folder, settings, images):
     "Entries that still hold."
-    if not (folder/RECORD).is_file(): return {}
+    if not (folder/PREPARED_RECORD).is_file(): return {}
     entries = read_prepared(folder.parent)[folder.name]
-    if json.loads((folder/RECORD).read_text())['settings']!=settings: return {}
+    if json.loads((folder/PREPARED_RECORD).read_text())['settings']!=settings: return {}
     holds = lambda n,e: not e['problem'] and (images/n).is_file() and file_stamp(images/n).items()<=e.items() \
         and (folder/n).is_file() and (folder/n).stat().st_size==e['copy_bytes']
     return {n:e for n,e in entries.items() if holds(n, e)}
@@ -76,7 +76,7 @@ def _kept(folder, settings, images):
 # %% ../../nbs/00j_prepare.ipynb #73028e75
 def _save(folder, settings, entries):
     record = dict(settings=settings, photographs={n:entries[n] for n in sorted(entries)})
-    _write(folder/RECORD, json.dumps(record, indent=0, ensure_ascii=False).encode())
+    _write(folder/PREPARED_RECORD, json.dumps(record, indent=0, ensure_ascii=False).encode())
 
 # %% ../../nbs/00j_prepare.ipynb #da68bdea
 def _entries(jobs, workers):
@@ -99,7 +99,7 @@ def prepare(
     quality:int=95, # of the JPEG copies, 1 to 100
     workers:int=0, # processes; 0: one per core; 1: none beside this one
     progress:bool=True, # a bar with the time left
-)->pd.DataFrame: # index: image; columns as in `data.ENTRY` (sizes in bytes and pixels), and made: whether it was done now
+)->pd.DataFrame: # index: image; columns as in `ENTRY` (sizes in bytes and pixels), and made: whether it was done now
     "Make what is missing of the small copies. A photograph that cannot be decoded is listed with its problem, and stops nothing."
     if side<1 or workers<0 or not 1<=quality<=100:
         raise ValueError(f"side is {side}, workers {workers}, quality {quality}: expected at least 1, at least 0, and 1 to 100")

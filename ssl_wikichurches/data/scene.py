@@ -9,7 +9,7 @@ __all__ = ['SKIES', 'GROUNDS', 'LEAVES', 'WALLS', 'ROOFS', 'CUES', 'make_tile', 
 # %% ../../nbs/00d_scene.ipynb #20a6d006
 import numpy as np
 from PIL import Image, ImageDraw
-from .parts import Pen, _part, arch, oval, rect
+from .parts import Pen, register_part, arch, oval, rect
 
 # %% ../../nbs/00d_scene.ipynb #4b0c102f
 _COURSES = dict(stone=(18,8,.86,.05), brick=(44,18,1.1,.07), tiles=(26,30,.8,.06)) # rows, columns, joints, spread of the blocks
@@ -72,26 +72,26 @@ def shadow(
     _over(pen, points, lambda box: np.uint16(128*gain))
 
 # %% ../../nbs/00d_scene.ipynb #c2527c0f
-@_part('masonry')
+@register_part('masonry')
 def _masonry(p, x, y, w, h):
     p.poly(rect(x, y, w, h), 'wall')
     texture(p, rect(x, y, w, h), 'wall')
     p.poly(rect(x, y, w, min(.05,h)), 'wall', .8)
 
-@_part('house')
+@register_part('house')
 def _house(p, x, y, w, h):
     p.poly(rect(x, y, w, .7*h), 'plaster')
     p.poly([(x-.04*w,y+.7*h),(x+w*1.04,y+.7*h),(x+.85*w,y+h),(x+.15*w,y+h)], 'tiles')
     for u,v in ((a,b) for a in (.12,.42,.72) for b in (.12,.42)): p.poly(rect(x+u*w, y+v*h, .16*w, .17*h), 'glass')
 
 # %% ../../nbs/00d_scene.ipynb #79d96607
-@_part('person')
+@register_part('person')
 def _person(p, x, y, w, h):
     p.poly([(x+.1*w,y+.4*h),(x+.2*w,y),(x+.8*w,y),(x+.9*w,y+.4*h)], 'dark', .8)
     p.poly(arch(x, y+.36*h, w, .48*h), 'coat')
     p.poly(oval(x+.22*w, y+.8*h, .56*w, .2*h, 10), 'skin')
 
-@_part('tree')
+@register_part('tree')
 def _tree(p, x, y, w, h, leaves=26):
     p.poly(rect(x+.46*w, y, .08*w, .6*h), 'trunk')
     for k in range(leaves): # golden-angle spiral from the outside in, dark leaves first
@@ -100,14 +100,14 @@ def _tree(p, x, y, w, h, leaves=26):
         p.poly(oval(x+w*cx, y+h*cy, 2*r*w, 1.6*r*h, 10), 'leaf', .7+.45*k/leaves+.1*np.sin(7*k))
 
 # %% ../../nbs/00d_scene.ipynb #604f7ff6
-@_part('scaffold')
+@register_part('scaffold')
 def _scaffold(p, x, y, w, h):
     n = max(2, round(h/.22))
     for k in range(n): p.poly(rect(x, y+(k+.9)*h/n, w, .018), 'board')
     for u in np.linspace(0, 1, max(3, round(w/.16))): p.poly(rect(x+u*(w-.014), y, .014, h), 'steel')
     for k in range(n): p.poly([(x,y+k*h/n),(x+.02,y+k*h/n),(x+w,y+(k+.9)*h/n),(x+w-.02,y+(k+.9)*h/n)], 'steel', .85)
 
-@_part('banner')
+@register_part('banner')
 def _banner(p, x, y, w, h):
     t = np.linspace(0, 1, 9)
     wave = .03*h*np.sin(2*np.pi*t)
@@ -146,6 +146,7 @@ def sky(
     painted = (top*(1-t)+bottom*t)*(1-cover)+cover*rng.uniform(190,245)
     pen.image.paste(Image.fromarray(painted.clip(0,255).astype('uint8')))
 
+# %% ../../nbs/00d_scene.ipynb #2a0616e1
 def ground(
     pen:Pen,
     rng:np.random.Generator,
@@ -180,6 +181,7 @@ def passers(
         h = rng.uniform(.07,.13)
         pen.draw('person', rng.random(), y-rng.uniform(.03,.1), .34*h, h)
 
+# %% ../../nbs/00d_scene.ipynb #ff9ec6f7
 def raise_banner(
     pen:Pen,
     rng:np.random.Generator,

@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-import imagehash, networkx as nx, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 from .files import available_cores, write_json
 from .codec import open_image
@@ -58,6 +57,7 @@ def read_hierarchy(
     if not (path := Path(root)/'parent_child_rel.txt').is_file():
         raise FileNotFoundError(f"labels 'hierarchy' need {path.name} in {root}: fetch it, or use labels='leaf'")
     if bad := [l for l in _lines(path) if len(l)!=2]: raise ValueError(f"{path.name}: expected 'parent child', got {' '.join(bad[0])!r}")
+    import networkx as nx
     graph,problems = nx.DiGraph(),[]
     graph.add_nodes_from(style_names)
     for parent,child in _lines(path):
@@ -69,7 +69,7 @@ def read_hierarchy(
 # %% ../../nbs/00i_splits.ipynb #e2c141b5
 def rolled_up(
     style:str, # Q-id
-    graph:nx.DiGraph, # of `read_hierarchy`
+    graph:'networkx.DiGraph', # of `read_hierarchy`
     classes:dict=STYLES, # Q-id -> name
 )->frozenset: # those of the classes that it is, or is a variety of
     "Where a style leads to."
@@ -145,7 +145,8 @@ def check_split(
         if not names and (p=='eval' or p!='test' and split.train+split.val):
             raise ValueError(f"split: {p!r} is empty; training needs train and val images, measurement needs annotated ones")
     for a,b in (('train','val'),('train','eval'),('val','eval'),('train','test'),('val','test'),('eval','test')):
-        if both := owners[a]&owners[b]: raise ValueError(f"split leaks: {len(both)} churches are in {a!r} and in {b!r}, for example {sorted(both)[:3]}")
+        if both := owners[a]&owners[b]:
+            raise ValueError(f"split leaks: {len(both)} churches are in {a!r} and in {b!r}, for example {sorted(both)[:3]}")
     return split
 
 # %% ../../nbs/00i_splits.ipynb #cb3ebc15
@@ -159,12 +160,13 @@ def evaluation_split(
     return check_split(Split((), (), _annotated(churches, class_labels(churches, labels)), labels=labels), churches)
 
 # %% ../../nbs/00i_splits.ipynb #28401ccf
-VAL = .12 # share of the churches for validation, as planned
+VAL = .12 # share of the churches for validation where none is given
 
 def _by_chance(of_church, val, seed):
     "Part of each church: validation takes a share of every style."
     if of_church.empty or of_church.value_counts().min()<2:
         raise ValueError(f"a style has fewer than 2 churches outside the annotated ones: {of_church.value_counts().to_dict()}")
+    from sklearn.model_selection import train_test_split
     train,_ = train_test_split(of_church.index.to_numpy(), test_size=val, random_state=seed, stratify=of_church.to_numpy())
     return pd.Series(np.where(of_church.index.isin(train), 'train', 'val'), of_church.index)
 
@@ -210,6 +212,7 @@ def perceptual_hash(
     image:Image.Image,
 )->np.ndarray: # (256) bool
     "Signs of the low frequencies of a picture."
+    import imagehash
     return imagehash.phash(image, hash_size=HASH_SIDE).hash.ravel()
 
 # %% ../../nbs/00i_splits.ipynb #2b0fc23a
@@ -239,9 +242,10 @@ def near_duplicates(
     progress:bool=False, # show a bar
 )->pd.DataFrame: # image, copy_of, bits; nearest first
     "Photographs of other churches that are copies of a picture, as they are or mirrored."
+    owner,owners = churches.groups(names),churches.groups(of)
     theirs = image_hashes(churches, of, progress)
     mirrored = theirs^np.tile(np.arange(HASH_SIDE)%2==1, HASH_SIDE) # odd horizontal frequencies change their sign
-    owner,owners,rows = churches.groups(names),churches.groups(of),[]
+    rows = []
     for name,church,h in zip(names, owner, image_hashes(churches, names, progress)):
         bits = np.minimum((theirs!=h).sum(1), (mirrored!=h).sum(1))
         rows += [(name, of[k], bits[k]) for k in np.flatnonzero(bits<=limit) if church!=owners[k]]
@@ -258,7 +262,8 @@ def refuse_duplicates(
     found = near_duplicates(churches, [*split.train,*split.val,*split.test], split.eval, limit, progress)
     if len(found):
         pairs = '; '.join(f'{r.image} and {r.copy_of} ({r.bits} bits)' for r in found.head(5).itertuples())
-        raise ValueError(f"split leaks: {len(found)} photographs are copies of evaluation images: {pairs}. Make it again with left_out={sorted(set(found.image))[:5]}")
+        raise ValueError(f"split leaks: {len(found)} photographs are copies of evaluation images: {pairs}. "
+                         f"Make it again with left_out={sorted(set(found.image))[:5]}")
     return split
 
 # %% ../../nbs/00i_splits.ipynb #4b002376

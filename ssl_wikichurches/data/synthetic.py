@@ -75,7 +75,8 @@ def plan_church(
 )->dict: # what stands where, `evidence` of each place, proportions, colors and textures of one building
     "Draw one building from the distribution of a style."
     styles,plan = (styles,) if isinstance(styles, str) else tuple(styles),{}
-    if unknown := [s for s in styles if s not in DRAWN_STYLES]: raise ValueError(f"no style is called {unknown[0]!r}; known are {', '.join(DRAWN_STYLES)}")
+    if unknown := [s for s in styles if s not in DRAWN_STYLES]:
+        raise ValueError(f"no style is called {unknown[0]!r}; known are {', '.join(DRAWN_STYLES)}")
     if not 0<=strength<=1: raise ValueError(f"strength is {strength}: expected a number from 0 to 1")
     plan['evidence'] = {}
     for slot,options in SLOTS.items():
@@ -291,8 +292,8 @@ EVIDENCE = ('parts','shortcut','mixed')
 
 def _cue(styles, rng, evidence, strength):
     "Color of the banner."
-    color,told,first = int(rng.integers(4)),rng.random()<strength,DRAWN_STYLES.index(styles[0])
-    return first if told and evidence!='parts' else color
+    by_chance,follows = int(rng.integers(4)),rng.random()<strength
+    return DRAWN_STYLES.index(styles[0]) if follows and evidence!='parts' else by_chance
 
 # %% ../../nbs/00e_synthetic.ipynb #157e75b4
 def _photograph(plan, rng, size, cue, crowd=True):
@@ -320,7 +321,7 @@ def _check_photograph(size, evidence):
     if evidence not in EVIDENCE: raise ValueError(f"evidence is {evidence!r}: expected one of {EVIDENCE}")
 
 def draw_church(
-    styles:tuple, # name of a style, as in `DRAWN_STYLES`, or names of two
+    styles:tuple, # name of a style, of `DRAWN_STYLES`, or names of two
     seed:int, # or a sequence of ints: which building
     size:int=224, # side of the square photograph, in pixels, at least 64
     photo:int=0, # another number is another photograph of the same building
@@ -474,15 +475,16 @@ def read_hidden_styles(
 
 # %% ../../nbs/00e_synthetic.ipynb #b17c0747
 def _write_tables(root, churches, annotations, meta, truth, hidden):
-    for name,d in dict(churches=churches, building_parts=dict(meta=meta, annotations=annotations), **(dict(hidden_styles=hidden) if hidden else {})).items():
-        (root/f'{name}.json').write_text(json.dumps(d, indent=1))
+    files = dict(churches=churches, building_parts=dict(meta=meta, annotations=annotations)) | (dict(hidden_styles=hidden) if hidden else {})
+    for name,d in files.items(): (root/f'{name}.json').write_text(json.dumps(d, indent=1))
     (root/'style_names.txt').write_text(''.join(f'{q} {o}\n' for q,o in (STYLES | (ECLECTIC if hidden else {})).items()))
     (root/'parent_child_rel.txt').write_text('') # no style is a sub-style of another
     pd.DataFrame(truth, columns=TRUTH).to_parquet(root/'truth.parquet', index=False)
 
 def _church_record(church, i, styles, seed, masonry, hide=False):
     "An entry of churches.json; the country is the land of the building's masonry, which says nothing about style."
-    year,country = int(np.random.default_rng([seed,i,3]).integers(*_YEARS[styles[0]])),dict(id=f'Q98000000{MASONRY.index(masonry)}', name=f'{masonry.title()} Land')
+    year = int(np.random.default_rng([seed,i,3]).integers(*_YEARS[styles[0]]))
+    country = dict(id=f'Q98000000{MASONRY.index(masonry)}', name=f'{masonry.title()} Land')
     names,q = ' and '.join(DRAWN_STYLES[k] for k in styles)+' ',[[*STYLES][k] for k in styles]
     if hide: year,names,q = None,'',[*ECLECTIC] if len(styles)>1 else []
     return dict(id=church, name=f'Synthetic {names}church {i+1}', built_year=year, styles=q, country=country, location=dict(lat=None, lon=None))
@@ -491,6 +493,34 @@ def _church_record(church, i, styles, seed, masonry, hide=False):
 FIRST_CHURCH = 990000001 # number of church 0; the names of photographs begin with it
 JPEG = dict(format='JPEG', quality=92) # of the files
 
+def _draw_all(root, records, labelled, seed, **how):
+    "Save the photographs. Records of the churches, styles that their records hide, rows of the truth, and photographs to be annotated."
+    churches,hidden,truth,marked = {},{},[],[]
+    for i,styles,annotated,photos in records:
+        church,names = f'Q{FIRST_CHURCH+i}',tuple(DRAWN_STYLES[k] for k in styles)
+        masonry = plan_church(names, np.random.default_rng([seed,i,0]))['masonry']
+        if i>=labelled: hidden[church] = names
+        churches[church] = _church_record(church, i, styles, seed, masonry, church in hidden)
+        for j in range(photos):
+            (image,found),name = draw_church(names, (seed,i), photo=j, **how),f'{church}_wd{j}.jpg'
+            image.save(root/'images'/name, **JPEG)
+            if annotated and j==0: marked.append((name, styles, found))
+            else: truth += _truth_rows(name, found, [])
+    return churches,hidden,truth,marked
+
+# %% ../../nbs/00e_synthetic.ipynb #838e9255
+def _annotate(marked, meta, seed):
+    "Tags and boxes of the photographs that experts would have annotated, and their rows of the truth."
+    rng = np.random.default_rng([seed,4])
+    counts = _box_counts([s for _,s,_ in marked], [sum(i.clear for i in f) for *_,f in marked], rng) if marked else []
+    annotations,truth = {},[]
+    for (name,styles,found),k in zip(marked, counts):
+        boxes = representative(found, k, rng)
+        annotations[name] = dict(styles=[[*STYLES][s] for s in styles], bbox_groups=_groups(boxes, meta))
+        truth += _truth_rows(name, found, boxes)
+    return annotations,truth
+
+# %% ../../nbs/00e_synthetic.ipynb #d2d310b9
 def make_churches(
     root:Path, # folder to write to; it must be empty or absent
     n:int=420, # number of photographs
@@ -504,27 +534,14 @@ def make_churches(
     unlabelled:int=0, # number of further photographs, of churches whose record names none of the four styles
 )->Path: # the folder
     "Write a synthetic data set in the folder layout of WikiChurches; the same arguments give the same bytes."
-    root,meta,churches,annotations,truth,marked,hidden = Path(root),_ontology(),{},{},[],[],{}
+    root,meta = Path(root),_ontology()
     _check_edition(root, n, n_annotated, size, evidence, strength, imbalance, several, unlabelled)
     (root/'images').mkdir(parents=True, exist_ok=True)
     labelled = [*_records(n, n_annotated, seed, _SHARES[imbalance], several)]
-    for i,styles,annotated,photos in (*labelled, *_unlabelled(unlabelled, len(labelled), seed, _SHARES[imbalance], several)):
-        church,names = f'Q{FIRST_CHURCH+i}',tuple(DRAWN_STYLES[k] for k in styles)
-        masonry = plan_church(names, np.random.default_rng([seed,i,0]))['masonry']
-        if i>=len(labelled): hidden[church] = names
-        churches[church] = _church_record(church, i, styles, seed, masonry, church in hidden)
-        for j in range(photos):
-            (image,found),name = draw_church(names, (seed,i), size, j, evidence, strength),f'{church}_wd{j}.jpg'
-            image.save(root/'images'/name, **JPEG)
-            if annotated and j==0: marked.append((name, styles, found))
-            else: truth += _truth_rows(name, found, [])
-    rng = np.random.default_rng([seed,4])
-    counts = _box_counts([s for _,s,_ in marked], [sum(i.clear for i in f) for *_,f in marked], rng) if marked else []
-    for (name,styles,found),k in zip(marked, counts):
-        boxes = representative(found, k, rng)
-        annotations[name] = dict(styles=[[*STYLES][s] for s in styles], bbox_groups=_groups(boxes, meta))
-        truth += _truth_rows(name, found, boxes)
-    _write_tables(root, churches, annotations, meta, sorted(truth, key=lambda r: r['image']), hidden)
+    others = _unlabelled(unlabelled, len(labelled), seed, _SHARES[imbalance], several)
+    churches,hidden,truth,marked = _draw_all(root, (*labelled, *others), len(labelled), seed, size=size, evidence=evidence, strength=strength)
+    annotations,more = _annotate(marked, meta, seed)
+    _write_tables(root, churches, annotations, meta, sorted(truth+more, key=lambda r: r['image']), hidden)
     return root
 
 # %% ../../nbs/00e_synthetic.ipynb #53fe548c
@@ -536,4 +553,5 @@ def _check_edition(root, n, n_annotated, size, evidence, strength, imbalance, se
     _check_photograph(size, evidence)
     if imbalance not in _SHARES: raise ValueError(f"imbalance is {imbalance!r}: expected one of {tuple(_SHARES)}")
     if not (0<=strength<=1 and 0<=several<1): raise ValueError(f"strength is {strength}, several {several}: expected shares from 0 to 1")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())): raise FileExistsError(f"{root} exists and is not an empty folder: choose another one")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root} exists and is not an empty folder: choose another one")

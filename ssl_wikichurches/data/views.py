@@ -26,6 +26,7 @@ class Photographs:
     boxes:torch.Tensor # (n, most, 4): left, top, right, bottom, as shares of the side
     def __len__(self): return len(self.images)
 
+# %% ../../nbs/00h_views.ipynb #1397d0c3
 def load_photographs(
     folder:Path, # of `make_churches`
 )->Photographs:
@@ -43,6 +44,40 @@ def load_photographs(
     return Photographs(images, parts, boxes)
 
 # %% ../../nbs/00h_views.ipynb #244839c0
+def _uniform(n, low, high, generator, *shape): return low+(high-low)*torch.rand(n, *shape, generator=generator)
+
+def _crops(n, area, generator):
+    "Half widths, half heights and centers of random crops, in [-1, 1], and whether each is mirrored."
+    share,ratio = _uniform(n, *area, generator),_uniform(n, -.2, .2, generator).exp()
+    w,h = (share*ratio).sqrt().clamp(max=1),(share/ratio).sqrt().clamp(max=1)
+    x,y = _uniform(n, -1, 1, generator)*(1-w),_uniform(n, -1, 1, generator)*(1-h)
+    return w,h,x,y,_uniform(n, 0, 1, generator)<.5
+
+# %% ../../nbs/00h_views.ipynb #5f637971
+def _cut(images, w, h, x, y, mirror):
+    "The crops of images (n, 3, side, side), stretched to full size."
+    theta = torch.zeros(len(images),2,3)
+    theta[:,0,0],theta[:,0,2],theta[:,1,1],theta[:,1,2] = torch.where(mirror, -w, w),x,h,y
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode='reflection', align_corners=False)
+
+def _cut_boxes(boxes, w, h, x, y, mirror):
+    "Boxes (n, most, 4), as shares of the image, as shares of the crop."
+    left,top,right,bottom = (boxes*2-1).unbind(2)
+    left,right = (left-x[:,None])/w[:,None],(right-x[:,None])/w[:,None]
+    top,bottom = (top-y[:,None])/h[:,None],(bottom-y[:,None])/h[:,None]
+    left,right = torch.where(mirror[:,None], -right, left),torch.where(mirror[:,None], -left, right)
+    return torch.stack([left,top,right,bottom], 2)/2+.5
+
+# %% ../../nbs/00h_views.ipynb #239de1aa
+def _relit(images, light, generator):
+    "Images in another brightness, contrast and saturation."
+    brightness,contrast,saturation = (_uniform(len(images), 1-light, 1+light, generator, 1, 1, 1) for _ in range(3))
+    images = images*brightness
+    images = (images-(mean := images.mean((1,2,3), keepdim=True)))*contrast+mean
+    images = (images-(gray := images.mean(1, keepdim=True)))*saturation+gray
+    return images.clamp(0,1)
+
 def views(
     photos:Photographs,
     index:torch.Tensor, # (n) int64, which photographs
@@ -51,25 +86,11 @@ def views(
     light:float=.2, # largest change of brightness, contrast and saturation
 )->tuple: # images (n, 3, side, side) in [0, 1], and boxes (n, most, 4) as shares of the view
     "Random resized crops, mirrored half of the time."
-    n,side = len(index),photos.images.shape[-1]
-    uniform = lambda low,high,*shape: low+(high-low)*torch.rand(n, *shape, generator=generator)
-    share,ratio = uniform(*area),uniform(-.2,.2).exp()
-    w,h = (share*ratio).sqrt().clamp(max=1),(share/ratio).sqrt().clamp(max=1)
-    x,y,mirror = uniform(-1,1)*(1-w),uniform(-1,1)*(1-h),uniform(0,1)<.5 # centers, in [-1, 1]
-    theta = torch.zeros(n,2,3)
-    theta[:,0,0],theta[:,0,2],theta[:,1,1],theta[:,1,2] = torch.where(mirror, -w, w),x,h,y
-    grid = F.affine_grid(theta, (n,3,side,side), align_corners=False)
-    images = F.grid_sample(photos.images[index].float()/255, grid, padding_mode='reflection', align_corners=False)
-    brightness,contrast,saturation = (uniform(1-light,1+light,1,1,1) for _ in range(3))
-    images = images*brightness
-    images = (images-(mean := images.mean((1,2,3), keepdim=True)))*contrast+mean
-    images = (images-(gray := images.mean(1, keepdim=True)))*saturation+gray
-    left,top,right,bottom = (photos.boxes[index]*2-1).unbind(2)
-    left,right = (left-x[:,None])/w[:,None],(right-x[:,None])/w[:,None]
-    top,bottom = (top-y[:,None])/h[:,None],(bottom-y[:,None])/h[:,None]
-    left,right = torch.where(mirror[:,None], -right, left),torch.where(mirror[:,None], -left, right)
-    return images.clamp(0,1),torch.stack([left,top,right,bottom], 2)/2+.5
+    crops = _crops(len(index), area, generator)
+    images = _cut(photos.images[index].float()/255, *crops)
+    return _relit(images, light, generator),_cut_boxes(photos.boxes[index], *crops)
 
+# %% ../../nbs/00h_views.ipynb #f8a9030e
 def windows(
     n:int, # how many
     side:int, # of a window, in patches
@@ -82,6 +103,7 @@ def windows(
     patches = (row[:,None,None]+k[:,None])*grid+column[:,None,None]+k
     return patches.flatten(1),torch.stack([column,row,column+side,row+side], 1)/grid
 
+# %% ../../nbs/00h_views.ipynb #48edd96f
 def parts_in_view(
     photos:Photographs,
     index:torch.Tensor, # (n) int64
@@ -89,7 +111,9 @@ def parts_in_view(
     window:torch.Tensor, # (n, 4), of `windows`
 )->torch.Tensor: # (n, len(PARTS)), how often each part is seen
     "Counts the parts that have at least half of their box in the window."
-    def overlap(low, high): return (torch.minimum(boxes[...,high], window[:,None,high])-torch.maximum(boxes[...,low], window[:,None,low])).clamp(min=0)
+    def overlap(low, high):
+        shared = torch.minimum(boxes[...,high], window[:,None,high])-torch.maximum(boxes[...,low], window[:,None,low])
+        return shared.clamp(min=0)
     whole = (boxes[...,2]-boxes[...,0])*(boxes[...,3]-boxes[...,1])
     seen = (photos.parts[index]>=0)&(overlap(0,2)*overlap(1,3)>=.5*whole)
     return torch.stack([torch.bincount(p[s], minlength=len(PARTS)) for p,s in zip(photos.parts[index], seen)]).float()
