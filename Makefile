@@ -1,13 +1,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
+QUICK := house data reader splits atomic metrics iou_stats
 
-.PHONY: study test
+.PHONY: study test check
 study: .venv/installed
 	$(BIN)/wikichurches_study
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile tests
+
+# the daily loop, about a minute: modules as the notebooks say, rules of the house, quick tests, and the notebooks that differ from the last commit
+check: .venv/installed
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile $(QUICK:%=tests/test_%.py)
+	for n in $$(git diff --name-only --diff-filter=d HEAD -- 'nbs/*.ipynb'; git ls-files -o --exclude-standard -- 'nbs/*.ipynb'); do \
+	  OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path $$n || exit 1; done
 
 .venv/installed: settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

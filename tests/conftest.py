@@ -1,16 +1,16 @@
 "What several test files need: a small drawn folder, and the real photographs where the machine has them."
 import os, shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 import pytest
-from ssl_wikichurches.data.download import load_churches
-from ssl_wikichurches.finetune.training import TrainData
-from ssl_wikichurches.data.splits import make_split
-from ssl_wikichurches.data.synthetic import make_churches
+
+# The package is imported where it is needed: the rules of the house are checked without waiting for torch.
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):
     "Sixty drawn photographs of 64 pixels, twelve of them annotated. Not to be changed."
+    from ssl_wikichurches.data.synthetic import make_churches
     return make_churches(tmp_path_factory.mktemp('drawn')/'set', n=60, n_annotated=12, size=64, seed=1)
 
 @pytest.fixture
@@ -18,20 +18,27 @@ def folder(drawn, tmp_path):
     "A copy of `drawn` that a test may break."
     return Path(shutil.copytree(drawn, tmp_path/'set'))
 
-@pytest.fixture(scope='session')
-def data():
-    "A quarter of the default photographs to train on."
+@cache
+def quarter():
+    from ssl_wikichurches.data.download import load_churches
+    from ssl_wikichurches.data.splits import make_split
+    from ssl_wikichurches.finetune.training import TrainData
     churches = load_churches('synthetic'); split = make_split(churches)
     return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
 
 @pytest.fixture(scope='session')
-def forty(data):
-    "Ten of these photographs of each style, for what is trained often."
-    y = data.labels[list(data.split.train)]
+def data():
+    "A quarter of the default photographs to train on."
+    return quarter()
+
+@pytest.fixture(scope='session')
+def forty():
+    "Ten of these photographs of each style, for what is trained often; a file may take them for its `data`."
+    data = quarter(); y = data.labels[list(data.split.train)]
     return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(10).index), val=data.split.val[::3]))
 
 @pytest.fixture(scope='session')
-def images(data): return next(iter(data.loader('eval', 4)))[0]
+def images(): return next(iter(quarter().loader('eval', 4)))[0]
 
 @pytest.fixture(scope='session')
 def real():

@@ -109,6 +109,14 @@ SHAPES = [(320,240,(96,60,224,168)), (240,320,(40,100,160,260)), (500,500,(125,1
 @pytest.mark.parametrize('w,h,box', SHAPES)
 def test_paint_lies_under_its_box_in_evaluation(geometry, w, h, box): assert painted_iou(eval_transform(224, geometry), w, h, box)>=.95
 
+@pytest.mark.parametrize('w,h', [(40,20), (20,40), (41,20)])
+def test_a_letterbox_has_as_much_gray_on_either_side(w, h):
+    image = tv_tensors.Image(torch.ones(3, h, w))
+    out = eval_transform(20, 'letterbox')(image, tv_tensors.BoundingBoxes(torch.zeros(0, 4), format='XYXY', canvas_size=(h,w)))[0]
+    rows = (out==.5).all(0).all(1) if w>h else (out==.5).all(0).all(0)
+    assert rows.tolist()==[True]*5+[False]*10+[True]*5
+
+
 @pytest.mark.parametrize('w,h,box', SHAPES)
 def test_paint_lies_under_its_box_in_a_letterbox(w, h, box):
     x0,y0,x1,y1 = box

@@ -407,8 +407,8 @@ def test_power_curve_against_statsmodels_and_simulation():
     assert c.power[0]==pytest.approx(c.power[3]) and c.power[3]==pytest.approx(TTestPower().power(.3, 50, .05)) and c.power[1]==pytest.approx(.05)
     seen = (stats.ttest_1samp(rng(0).normal(.3, 1, (4000,50)), 0, axis=1).pvalue<.05).mean()
     assert seen==pytest.approx(c.power[3], abs=3*np.sqrt(.25/4000))
-    for bad in (dict(n=2), dict(alpha=0), dict(power=.01), dict(sd=0)):
-        with pytest.raises(ValueError): detectable_shift(**bad)
+    for bad,match in ((dict(n=2),'2 churches'), (dict(alpha=0),'alpha is 0'), (dict(power=.01),'power is 0.01'), (dict(sd=0),'sd is 0')):
+        with pytest.raises(ValueError, match=match): detectable_shift(**bad)
 
 # ---- the committed simulation
 

@@ -2,7 +2,7 @@
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.attention.baselines import baseline_maps
 from ssl_wikichurches.data.churches import ChurchDataset, box_mask, church_id, eval_transform, read_churches
-from ssl_wikichurches.attention.saliency_metrics import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
+from ssl_wikichurches.attention.saliency_metrics import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
     rank_accuracy, shuffled_auroc, similarity, soft_target)
 from ssl_wikichurches.attention.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, upsample
 from ssl_wikichurches.attention.scores import BYTES_PER_PIXEL, METRICS, ScoreOptions, metric_names, read_boxes, read_maps, score_maps
@@ -37,6 +37,7 @@ def test_table_equals_single_calls():
                 for k,v in want.items(): assert row.value[name,block,head,k]==pytest.approx(v.item(), abs=1e-9), k
                 k = n_holding(up, .5).item(); assert row.chance[name,block,head,'mass_iou@50']==pytest.approx(iou_chance(int(m.sum()), 576, 100*(1-k/576)), abs=1e-12)
                 assert row.ceiling[name,block,head,'mass_iou@50']==pytest.approx(iou_ceiling(int(m.sum()), 576, 100*(1-k/576)), abs=1e-12)
+                assert row.chance[name,block,head,'pointing@2']==pytest.approx(dilate(m, 2).double().mean().item(), abs=1e-12)
     lower = row.index.get_level_values('metric').isin(['kl','emd'])
     assert (np.where(lower, row.value-row.ceiling, row.ceiling-row.value)>=-1e-9).all()
 

@@ -1,5 +1,5 @@
 "Labels, hierarchy, splits by church, copies of photographs, and the arithmetic of the real lists."
-import json, shutil, zlib
+import itertools, json, shutil, zlib
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -141,6 +141,9 @@ def test_split_roundtrip_leak_and_tampering(tmp_path, drawn):
     with pytest.raises(ValueError, match="leaks: 1 churches are in 'train' and in 'eval'"): check_split(split, same)
     with pytest.raises(ValueError, match='leaks'): load_split(save_split(split, file), same)
     with pytest.raises(ValueError, match='leaks'): check_split(replace(split, test=(split.train[0],)), churches)
+    four = replace(split, val=split.val[1:], test=split.val[:1])
+    for a,b in itertools.combinations(four.parts, 2): # whichever two parts share a church
+        with pytest.raises(ValueError, match=f"leaks: 1 churches are in '{a}' and in '{b}'"): check_split(replace(four, **{b:(*getattr(four, b),getattr(four, a)[0])}), churches)
     with pytest.raises(ValueError, match='1 images are not in'): check_split(replace(split, train=split.train+('Q1_wd0.jpg',)), churches)
     d = json.loads(save_split(split, file).read_text())
     for change,said in ((dict(train=d['train']+[d['val'][0]]),'leaks'), (dict(train=d['train'][1:]),'changed after'), (dict(seed=5),'changed after'), (dict(more=1),'not a split')):

@@ -1,5 +1,5 @@
 "The loop as a lab would run it: killed and resumed, selected, stopped early, in parts, in half precision; groups by depth; the probe's optimum."
-import itertools, json, signal, subprocess, sys, time
+import itertools, json, signal, subprocess, sys
 from dataclasses import replace
 from functools import cache, partial
 import numpy as np, pandas as pd, pytest, torch
@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
+from processes import alive, children, wait_until
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.attention.capture import pooled_maps
 from ssl_wikichurches.backbones.encoders import TINY, load_backbone
@@ -44,8 +45,7 @@ def trained(forty):
         return TIERS[tier].fit(load_backbone('tiny-clip'), forty, make_recipe(TIERS[tier].recipe, epochs=3, lr=1e-3, batch=14), 5, 'cpu', folder)
     return fit,cache(fit)
 
-@pytest.mark.parametrize('steps', [0, 2, 3, 4, 8])
-@pytest.mark.parametrize('tier', list(TIERS))
+@pytest.mark.parametrize('tier,steps', [*((t,4) for t in TIERS), *(('full',s) for s in (0,2,3,8))])
 def test_killed_and_resumed_ends_with_the_same_bits(tier, steps, trained, tmp_path, monkeypatch):
     fit,whole = partial(trained[0], tier),trained[1](tier)
     with monkeypatch.context() as m:
@@ -72,43 +72,46 @@ def test_tensors_of_another_model_are_not_put():
     with pytest.raises(ValueError, match='first'): put_tensors(nn.Linear(2,2), trained_tensors(nn.Linear(3,2)))
 
 def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
-    study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=40)))
+    study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=20)))
     whole = run_study(study, tmp_path/'a', workers=1, progress=False)/'tiny-clip-full-seed0'
     script = f"from ssl_wikichurches.study.runs import *\nfrom ssl_wikichurches.study.plan import Study\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, progress=False)"
     (tmp_path/'go.py').write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path/'go.py')])
     folder = tmp_path/'b/s/tiny-clip-full-seed0'
-    for _ in range(1200):
-        if (folder/'checkpoint.safetensors').is_file() or process.poll() is not None: break
-        time.sleep(.1)
+    wait_until(lambda: (folder/'checkpoint.safetensors').is_file() or process.poll() is not None)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL); process.wait()
-    assert (folder/'checkpoint.safetensors').is_file() and not (folder/'run.json').is_file()
-    time.sleep(3) # the worker ends with its parent
+    assert workers and (folder/'checkpoint.safetensors').is_file() and not (folder/'run.json').is_file()
+    wait_until(lambda: not any(map(alive, workers))) # they end with their parent
     run_study(study, tmp_path/'b', workers=1, progress=False)
     assert same(read_tensors(folder/'model.safetensors')[0], read_tensors(whole/'model.safetensors')[0])
-    assert not (folder/'checkpoint.safetensors').is_file() and len(pd.read_csv(folder/'history.csv'))==40
+    assert not (folder/'checkpoint.safetensors').is_file() and len(pd.read_csv(folder/'history.csv'))==20
 
 # ---- selection
 
-def test_best_and_last_are_both_kept(data):
-    recipe = FullRecipe(epochs=6, lr=3e-3, backbone_lr=3e-4)
-    fit = lambda select: fit_full(load_backbone('tiny-clip'), data, replace(recipe, select=select))
+def test_best_and_last_are_both_kept(forty, monkeypatch):
+    "Of equally good epochs the first; that the second and the third are, and better than the others, is said by the test."
+    real,recipe = finetune._validate,FullRecipe(epochs=4, lr=3e-3, backbone_lr=3e-4)
+    def fit(select):
+        order = iter((.2,.5,.5,.4))
+        monkeypatch.setattr(finetune, '_validate', lambda *a: real(*a)|dict(val_balanced_accuracy=next(order)))
+        return fit_full(load_backbone('tiny-clip'), forty, replace(recipe, select=select))
     last,best = fit('last'),fit('best')
-    scores = last.history.val_balanced_accuracy
-    assert last.best_epoch==best.best_epoch==int(scores.idxmax())
-    if last.best_epoch==6: pytest.skip('the last epoch was the best')
+    assert last.best_epoch==best.best_epoch==2
     assert same(last.state, best.other) and same(last.other, best.state) and not same(last.state, best.state)
-    logits,t = predict(StyleModel(best.backbone, best.classifier), data.loader('val'))
-    assert np.mean([(logits.argmax(1)[t==c]==c).float().mean() for c in t.unique()])==pytest.approx(scores.max())
+    for fitted,epoch in ((last,4),(best,2)): # the model that is handed over is the one that was chosen
+        logits,t = predict(StyleModel(fitted.backbone, fitted.classifier), forty.loader('val'))
+        assert F.cross_entropy(logits, t, forty.weight(recipe)).item()==pytest.approx(fitted.history.val_loss[epoch], rel=1e-5)
+    assert last.history.val_loss[4]!=pytest.approx(last.history.val_loss[2], rel=1e-3)
 
-def test_patience_ends_a_training(data):
+def test_patience_ends_a_training(forty):
     still = FullRecipe(epochs=9, lr=0., backbone_lr=0., patience=2)
-    fitted = fit_full(load_backbone('tiny-clip'), data, still)
+    fitted = fit_full(load_backbone('tiny-clip'), forty, still)
     assert len(fitted.history)==3 and fitted.best_epoch==1 # the first of equals
 
 @pytest.mark.parametrize('bad', [dict(select='first'), dict(patience=-1), dict(accumulate=0), dict(accumulate=33), dict(precision='int8')])
 def test_bad_choices(bad):
-    with pytest.raises(ValueError): Recipe(**bad)
+    with pytest.raises(ValueError, match='|'.join(bad)): Recipe(**bad)
 
 # ---- one step, in many ways
 
@@ -322,7 +325,7 @@ def test_the_solver_of_the_tier(data):
     fitted = fit_linear(load_backbone('tiny-siglip'), data, LinearRecipe(solver='logistic'))
     assert fitted.history.index.name=='C' and same(fitted.state, TIERS['linear'].fit(load_backbone('tiny-siglip'), data, LinearRecipe(solver='logistic'), 9).state)
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', ('tiny-dinov2','tiny-siglip','tiny-supervised'))
 def test_lp_ft_starts_at_the_probe(name, data):
     backbone,frozen = load_backbone(name),load_backbone(name)
     probe = probe_classifier(frozen, data)
@@ -352,9 +355,9 @@ def test_lora_at_vit_b_size_adapts_24_projections():
 
 @pytest.mark.parametrize('changes', [dict(targets='qk'), dict(targets='v'), dict(targets='qkv'), dict(rslora=True), dict(dora=True)])
 @pytest.mark.parametrize('name', ['tiny-siglip','tiny-supervised'])
-def test_variants_of_lora_are_saved_and_restored(changes, name, data, images):
+def test_variants_of_lora_are_saved_and_restored(changes, name, forty, images):
     recipe = LoraRecipe(epochs=1, lr=1e-3, **changes)
-    fitted = fit_lora(load_backbone(name), data, recipe)
+    fitted = fit_lora(load_backbone(name), forty, recipe)
     again = TIERS['lora'].restore(load_backbone(name), recipe, fitted.state).requires_grad_(False)
     assert torch.equal(pooled_maps(again, images), pooled_maps(fitted.backbone.requires_grad_(False), images))
 

@@ -1,0 +1,28 @@
+"Processes that a test starts, and what becomes of those that they start."
+import subprocess, time
+from pathlib import Path
+
+def children(pid):
+    "Processes started by `pid`, and by those."
+    out = subprocess.run(['ps','-e','-o','pid=,ppid='], capture_output=True, text=True).stdout
+    of = {}
+    for line in out.splitlines():
+        a,b = map(int, line.split())
+        of.setdefault(b, []).append(a)
+    found,queue = [],[pid]
+    while queue:
+        more = of.get(queue.pop(), [])
+        found += more; queue += more
+    return found
+
+def alive(pid):
+    "Whether a process runs: one that has ended and waits to be collected does not."
+    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z'
+    except (FileNotFoundError, ProcessLookupError): return False
+
+def wait_until(happened, most=1800):
+    "Until something has happened. The bound only ends a test that would hang: it is far above what any machine needs."
+    stop = time.monotonic()+most
+    while not happened():
+        if time.monotonic()>stop: raise TimeoutError(f'nothing happened in {most} s')
+        time.sleep(.02)
