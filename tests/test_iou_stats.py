@@ -3,6 +3,7 @@ import math
 import numpy as np, pandas as pd, pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from ssl_wikichurches.attention.scores import read_boxes, read_maps, score_maps
 from ssl_wikichurches.stats import shift as iou_stats
 from ssl_wikichurches.stats.shift import bca_interval, by_church, hedges_factor, paired_shift, pair_scores, readable_table, resampled_means, shift_table
 
@@ -180,3 +181,17 @@ def test_scores_from_elsewhere_that_do_not_fit(spoil, match):
 
 def test_a_baseline_with_two_runs_is_refused():
     with pytest.raises(ValueError, match='before has 20 scores more than once'): pair_scores(pd.concat([foreign().assign(seed=s) for s in (0,1)]), foreign(k=1))
+
+def test_maps_from_elsewhere(tmp_path):
+    "Two maps of each of eight photographs, by another program; the second kind is a little brighter in the boxes."
+    g = np.random.default_rng(4); rows,columns = np.divmod(np.arange(64), 8); corners = g.integers(0, 4, (8,2)) # boxes of four by three cells of eight pixels
+    names = [f'{i}.jpg' for i in range(8)]; noise = g.random((8,64))
+    pd.DataFrame([dict(image=i, left=8*x, top=8*y, right=8*x+32, bottom=8*y+24) for i,(x,y) in zip(names, corners)]).to_csv(tmp_path/'boxes.csv', index=False)
+    for name,gain in dict(before=0, after=.5).items():
+        values = noise+[gain*((columns>=x)&(columns<x+4)&(rows>=y)&(rows<y+3)) for x,y in corners]
+        pd.DataFrame(dict(image=np.repeat(names, 64), row=np.tile(rows, 8), column=np.tile(columns, 8), value=values.ravel())).to_csv(tmp_path/f'{name}.csv', index=False)
+    found,before = read_maps(tmp_path/'before.csv'); _,after = read_maps(tmp_path/'after.csv', found); boxes,_ = read_boxes(tmp_path/'boxes.csv', found)
+    first,second = (score_maps(m, boxes, found, size=64) for m in (before, after))
+    for metric,sign in {'iou@90':1, 'auroc':1, 'emd':-1}.items(): # of the distance, less is better
+        t = shift_table(pair_scores(first, second, only=dict(metric=metric)))
+        assert t.n.item()==8 and t['shift'].item()*sign>0

@@ -63,11 +63,11 @@ def benjamini_hochberg(
     share:float=.05, # of false discoveries that is tolerated
 )->pd.DataFrame: # the table with p_bh and discovery
     "False discovery rate over the rows that have a p: for exploratory grids, not for claims."
-    from statsmodels.stats.multitest import multipletests
+    from statsmodels.stats.multitest import fdrcorrection
     if 'p' not in table: raise ValueError(f"the table has the columns {[*table.columns]}: expected one named p")
     if not 0<share<1: raise ValueError(f"share is {share}: expected a number between 0 and 1")
     out,family = table.assign(p_bh=np.nan, discovery=False), table.p.notna().to_numpy()
-    if family.any(): out.loc[family,'discovery'],out.loc[family,'p_bh'] = multipletests(table.p[family].astype(float), share, 'fdr_bh')[:2]
+    if family.any(): out.loc[family,'discovery'],out.loc[family,'p_bh'] = fdrcorrection(table.p[family].astype(float), share)
     return out
 
 # %% ../../nbs/05c_families.ipynb #004df725

@@ -9,11 +9,8 @@ __all__ = ['BLOCK', 'IDENTICAL', 'CONSTANT', 'COLUMNS', 'TIER_ORDER', 'hedges_fa
 
 # %% ../../nbs/05_iou_stats.ipynb #121743a2
 import os
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, scipy
 from functools import lru_cache
-from scipy import stats
-from scipy.special import gammaln, ndtr, ndtri
-from statsmodels.stats.multitest import multipletests
 
 # %% ../../nbs/05_iou_stats.ipynb #990e03b2
 def hedges_factor(
@@ -21,7 +18,7 @@ def hedges_factor(
 )->float: # in (0, 1)
     "Exact correction of the upward bias of Cohen's d (Hedges, 1981, eq. 6e)."
     if df<2: raise ValueError(f"df is {df}: the correction needs at least 2")
-    return float(np.exp(gammaln(df/2)-gammaln((df-1)/2))*np.sqrt(2/df))
+    return float(np.exp(scipy.special.gammaln(df/2)-scipy.special.gammaln((df-1)/2))*np.sqrt(2/df))
 
 # %% ../../nbs/05_iou_stats.ipynb #2a3b7f0f
 BLOCK = 256 # resamples at a time: what is worked on stays in the cache of the processor
@@ -50,9 +47,9 @@ def resampled_means(
 def _bca_ends(means, x, level):
     "(2, k) ends from resampled means of the centered columns of `x`."
     c = x-x.mean(0); tie = 1e-12*np.abs(c).max(0) # equal but for rounding
-    bias = ndtri(((means<-tie).mean(0)+(means<=tie).mean(0))/2)
-    z = bias+ndtri([(1-level)/2,(1+level)/2])[:,None]
-    at = ndtr(bias+z/(1-(c**3).sum(0)/(6*(c**2).sum(0)**1.5)*z))*(len(means)-1)
+    bias = scipy.special.ndtri(((means<-tie).mean(0)+(means<=tie).mean(0))/2)
+    z = bias+scipy.special.ndtri([(1-level)/2,(1+level)/2])[:,None]
+    at = scipy.special.ndtr(bias+z/(1-(c**3).sum(0)/(6*(c**2).sum(0)**1.5)*z))*(len(means)-1)
     ordered,low,k = np.sort(means.T, axis=1),np.floor(at).astype(int),np.arange(x.shape[1])
     a,b = ordered[k,low],ordered[k,np.minimum(low+1, len(means)-1)]
     return x.mean(0)+a+(at-low)*(b-a)
@@ -91,7 +88,7 @@ def _row(before, after, low, high):
     d = after-before
     out = dict(n=len(d), before=before.mean(), after=after.mean(), shift=d.mean())
     if np.ptp(d)<=1e-12: return out|dict.fromkeys(('low','high','d_z','d_av','t','p'), float('nan'))|dict(note=CONSTANT)
-    t,p = stats.ttest_rel(after, before)
+    t,p = scipy.stats.ttest_rel(after, before)
     J,spread = hedges_factor(len(d)-1), np.sqrt((before.var(ddof=1)+after.var(ddof=1))/2)
     return out|dict(low=float(low), high=float(high), d_z=J*d.mean()/d.std(ddof=1), d_av=J*d.mean()/spread, t=float(t), p=float(p), note='')
 
@@ -123,19 +120,24 @@ def check_scores(
     if len(twice): raise ValueError(f"{len(twice)} scores stand twice, first {first(twice)}")
     owners = scores.groupby('image').church.nunique()
     if (owners>1).any(): raise ValueError(f"image {owners.idxmax()} belongs to {owners.max()} churches")
+    if len(scores)!=len(owners)*scores.groupby(COLUMNS[:3]).ngroups: _refuse_other_images(scores)
+    return scores
+
+def _refuse_other_images(scores):
     images = scores.groupby(COLUMNS[:3]).image.agg(frozenset)
     odd = images[images!=images.mode()[0]]
     if len(odd):
         raise ValueError(f"runs measured different images: {'-'.join(map(str, odd.index[0]))} differs from the others in "
                          f"{len(odd.iloc[0]^images.mode()[0])} images")
-    return scores
 
 # %% ../../nbs/05_iou_stats.ipynb #480443db
 def by_church(
-    scores:pd.DataFrame, # of one model and tier
-)->pd.DataFrame: # before and after, one row per church
+    scores:pd.DataFrame, # of one model and tier, or of several with their columns in `keys`
+    keys:list=(), # columns that are kept apart
+)->pd.DataFrame: # before and after, one row per church, or per value of `keys` and church
     "Average seeds within an image, then images within a church."
-    return scores.groupby(['church','image'])[['before','after']].mean().groupby('church').mean()
+    keys = [*keys,'church']
+    return scores.groupby([*keys,'image'])[['before','after']].mean().groupby(keys).mean()
 
 # %% ../../nbs/05_iou_stats.ipynb #5ec2b40e
 def assert_identical(
@@ -154,9 +156,10 @@ def holm(
     p:pd.Series, # nan where there is no hypothesis
 )->pd.Series: # nan at the same places
     "Holm's correction over the family of those that have a p."
-    family,out = p.notna(),pd.Series(np.nan, p.index)
-    if family.any(): out[family] = multipletests(p[family].astype(float), method='holm')[1]
-    return out
+    values,out = p.to_numpy(float), np.full(len(p), np.nan)
+    order = np.argsort(values, kind='stable')[:np.isfinite(values).sum()] # smallest first, nan left out
+    out[order] = np.minimum(np.maximum.accumulate(values[order]*np.arange(len(order), 0, -1)), 1)
+    return pd.Series(out, p.index)
 
 # %% ../../nbs/05_iou_stats.ipynb #423046b4
 TIER_ORDER = ('linear','lora','full') # other tiers follow in the order in which they come
@@ -180,7 +183,8 @@ def shift_table(
 )->pd.DataFrame: # per model and tier: n (churches), seeds, before, after, shift, low, high, d_z, d_av, t, p, p_holm, note
     "The shift of every model and tier; Holm over all rows but the linear ones."
     groups = in_order(check_scores(scores).groupby(['model','tier'], sort=False))
-    pairs = [by_church(g) for _,g in groups] # of the same churches: `check_scores` has seen to it
+    means = by_church(scores, ['model','tier'])
+    pairs = [means.loc[k] for k,_ in groups] # of the same churches: `check_scores` has seen to it
     ends = np.transpose(bca_interval(np.stack([p.after-p.before for p in pairs], 1), seed)) if len(pairs[0])>2 else np.zeros((len(pairs),2))
     rows = [_linear_row(g, p) if t=='linear' else _row(*_pairs(p.before, p.after), *e) for ((_,t),g),p,e in zip(groups, pairs, ends)]
     table = pd.DataFrame([dict(model=m, tier=t, seeds=g.seed.nunique(), **r) for ((m,t),g),r in zip(groups, rows)])
