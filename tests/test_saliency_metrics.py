@@ -13,7 +13,7 @@ from ssl_wikichurches.attention.saliency_metrics import (EPS, area_matched_iou, 
 from ssl_wikichurches.attention.metrics import find_places, iou_chance, iou_of_top, rank_pixels, shares
 
 def drawn_case(seed, h, w, ties):
-    "A map, a mask that is neither empty nor full, and how often others boxed a pixel."
+    "A map, a mask that is neither empty nor full, and how often a pixel is in boxes of others."
     g = np.random.default_rng(seed); n = h*w
     heat = (g.integers(0,4,(h,w)) if ties else g.random((h,w)))+.01
     mask = np.zeros(n, bool); mask[g.choice(n, g.integers(1,n), replace=False)] = True
@@ -31,7 +31,7 @@ def top(heat, k): # the k largest, earlier pixels first
 
 @many
 @cases
-def test_ranking_measures(seed, h, w, ties):
+def test_metrics_of_ranking(seed, h, w, ties):
     heat,mask,others = drawn_case(seed, h, w, ties); t,m,flat = T(heat),T(mask),mask.ravel()
     kept = top(heat, flat.sum())
     close(rank_accuracy(t, m), kept[flat].mean()); close(area_matched_iou(t, m), jaccard_score(flat, kept))
@@ -44,7 +44,7 @@ def test_ranking_measures(seed, h, w, ties):
 
 @many
 @cases
-def test_measures_of_values(seed, h, w, ties):
+def test_metrics_of_values(seed, h, w, ties):
     heat,mask,others = drawn_case(seed, h, w, ties); t,m = T(heat),T(mask)
     target = mask/mask.sum(); p = heat/heat.sum()
     if np.ptp(heat)>0:
@@ -158,14 +158,14 @@ def test_perfect_complement_and_constant(seed, h, w, ties):
     for f in (rank_accuracy, area_matched_iou, average_precision, pointing_game): close(f(perfect, m), 1)
     close(mass_iou(perfect, m, 1.), 1); close(similarity(perfect, target), 1); close(kl_divergence(perfect, target, 0), 0); close(emd(perfect, target), 0)
     for f in (pointing_game, mass_iou): close(f(1-perfect, m), 0)
-    assert rank_accuracy(1-perfect, m).item()==max(0, 2*mask.sum()-mask.size)/mask.sum() # what must be filled up with boxed pixels
+    assert rank_accuracy(1-perfect, m).item()==max(0, 2*mask.sum()-mask.size)/mask.sum() # what must be filled up with pixels in boxes
     close(similarity(1-perfect, target), 0)
     close(correlation(perfect, target), 1); close(correlation(1-perfect, target), -1)
     close(average_precision(flat, m), g); close(pointing_game(flat, m), g); close(shuffled_auroc(flat, m, T(others)), .5)
     assert nss(flat, m).item()==correlation(flat, target).item()==0
     close(kl_divergence(flat, target), np.log(mask.size)-entropy(target.numpy().ravel()))
 
-def every(x, m, others, prior): # all measures of a map of pixels
+def every(x, m, others, prior): # all metrics of a map of pixels
     t = m.double()/m.sum()
     return dict(rank=rank_accuracy(x, m), area=area_matched_iou(x, m), ap=average_precision(x, m), point=pointing_game(x, m, 1), nss=nss(x, m), shuffled=shuffled_auroc(x, m, others), cc=correlation(x, t),
                 mass=mass_iou(x, m), kl=kl_divergence(x, t), sim=similarity(x, t), emd=emd(x, t), gain=information_gain(x, m, prior), cover=best_box(x, m[None], 'coverage'))
@@ -173,7 +173,7 @@ RANKED,AFFINE = ('rank','area','ap','point','shuffled'),('nss','cc')
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0,10**6), st.integers(3,8))
-def test_what_moves_a_measure_and_what_does_not(seed, s):
+def test_what_moves_a_metric_and_what_does_not(seed, s):
     heat,mask,others = drawn_case(seed, s, s, False); x,m,o = T(heat),T(mask),T(others); prior = (o+1)/(o+1.).sum()
     base,double,lifted,bent = (every(y, m, o, prior) for y in (x, 2*x, x*3+1, x**3))
     for k in base: close(base[k], double[k], 1e-12)

@@ -9,8 +9,6 @@ __all__ = ['token_rollout', 'rollout', 'predicted_class', 'gmar_weights', 'gmar'
 # %% ../../nbs/02a_attribution.ipynb #e678741c
 from contextlib import contextmanager
 import numpy as np, torch
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_flow
 from torch import nn
 from .capture import _expect, _on_patches, _ready, capture_attention
 from ..backbones.encoders import Backbone
@@ -34,7 +32,8 @@ def _mixed(attention):
 
 # %% ../../nbs/02a_attribution.ipynb #138551f5
 def _block_index(backbone, block):
-    if not -backbone.depth<=block<backbone.depth: raise ValueError(f"block is {block}: {backbone.spec.name} has {backbone.depth} blocks, 0 to {backbone.depth-1}")
+    if not -backbone.depth<=block<backbone.depth:
+        raise ValueError(f"block is {block}: {backbone.spec.name} has {backbone.depth} blocks, 0 to {backbone.depth-1}")
     return block%backbone.depth
 
 # %% ../../nbs/02a_attribution.ipynb #9da8bfa4
@@ -82,7 +81,8 @@ def predicted_class(
 def _target_logits(backbone, classifier, features, target):
     "Each image's logit of its own target class, (batch)."
     n = len(features)
-    if classifier.in_features!=backbone.dim: raise ValueError(f"classifier takes {classifier.in_features} features, {backbone.spec.name} gives {backbone.dim}")
+    if classifier.in_features!=backbone.dim:
+        raise ValueError(f"classifier takes {classifier.in_features} features, {backbone.spec.name} gives {backbone.dim}")
     if target.shape!=(n,) or target.dtype!=torch.int64 or not ((target>=0)&(target<classifier.out_features)).all():
         raise ValueError(f"target is {target.dtype} {tuple(target.shape)}: expected int64 ({n},), one class in [0, {classifier.out_features}) per image")
     return classifier(features).gather(1, target[:,None])[:,0]
@@ -111,7 +111,9 @@ def _head_weights(gradient, norm):
     "Share of each head in the norm of a block's gradient, (batch, heads)."
     if norm not in _NORMS: raise ValueError(f"norm is {norm!r}: expected one of {', '.join(_NORMS)}")
     size = torch.linalg.vector_norm(gradient.float(), ord=_NORMS[norm], dim=(-2,-1))
-    if (size.sum(-1)==0).any(): raise ValueError("a block's attention has no gradient for the target class: heads cannot be weighed. Is the classifier zero, or the model in half precision?")
+    if (size.sum(-1)==0).any():
+        raise ValueError("a block's attention has no gradient for the target class: heads cannot be weighed. "
+                         "Is the classifier zero, or the model in half precision?")
     return _rownorm(size)
 
 # %% ../../nbs/02a_attribution.ipynb #30de60bf
@@ -235,7 +237,9 @@ def _watching(model, exits):
 def _bare_scale(backbone, layer):
     "LayerScale kept as a parameter of the block itself: the first of two vectors, or None."
     own = [p for p in layer.parameters(recurse=False) if p.shape==(backbone.dim,)]
-    if len(own) not in (0,2): raise ValueError(f"a block of {backbone.spec.name} has {len(own)} vectors of its own: expected none, or one LayerScale for attention and one for the MLP")
+    if len(own) not in (0,2):
+        raise ValueError(f"a block of {backbone.spec.name} has {len(own)} vectors of its own: expected none, "
+                         "or one LayerScale for attention and one for the MLP")
     return own[0] if own else None
 
 # %% ../../nbs/02a_attribution.ipynb #3349e534
@@ -245,7 +249,8 @@ def _affine(function, width, like):
     constant = function(torch.zeros_like(probe))[0]
     matrix = function(torch.eye(width).to(like))-constant
     gap = (function(probe)-probe@matrix-constant).abs().max()
-    if gap>(1e-4 if like.dtype.itemsize>=4 else .1)*(1+constant.abs().max()): raise ValueError(f"what follows an attention call is no projection: it differs from a matrix by {gap:.1e}")
+    if gap>(1e-4 if like.dtype.itemsize>=4 else .1)*(1+constant.abs().max()):
+        raise ValueError(f"what follows an attention call is no projection: it differs from a matrix by {gap:.1e}")
     return matrix.float(),constant.float()
 
 # %% ../../nbs/02a_attribution.ipynb #c447a67b
@@ -301,6 +306,7 @@ _UNITS = 2**30 # per unit of capacity: the largest power of two whose sums stay 
 
 def _pipes(steps):
     "Sparse matrix of capacities; `steps` (queries, keys) lead from the output down to the input. Nodes are numbered from the output."
+    from scipy.sparse import csr_matrix
     rows,cols,caps,at = [],[],[],0
     for s in steps:
         q,k = np.nonzero(s>0)
@@ -315,9 +321,12 @@ def attention_flow(
     limit:int=300, # largest number of tokens that is attempted
 )->torch.Tensor: # (batch, grid, grid) float32, in [0, 1]
     "Largest flow from the pooled row to each patch through the mean attention of all blocks (Abnar and Zuidema, 2020)."
+    from scipy.sparse.csgraph import maximum_flow
     _ready(backbone)
     spec = backbone.spec; n = spec.n_prefix+spec.grid**2
-    if n>limit: raise ValueError(f"{n} tokens are more than limit={limit}, and a maximum flow is solved for every patch: load the backbone with a smaller `size=`, or raise `limit`")
+    if n>limit:
+        raise ValueError(f"{n} tokens are more than limit={limit}, and a maximum flow is solved for every patch: "
+                         "load the backbone with a smaller `size=`, or raise `limit`")
     with torch.no_grad(), capture_attention(read=lambda call: _fold(call, 'mean')) as seen: backbone(images)
     _expect(backbone, seen.n_keys)
     steps = [a if i==backbone.depth else _mixed(a) for i,a in enumerate(seen.records)][::-1]

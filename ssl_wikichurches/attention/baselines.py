@@ -8,7 +8,6 @@ __all__ = ['uniform_maps', 'random_maps', 'center_widths', 'center_maps', 'prior
 
 # %% ../../nbs/02f_baselines.ipynb #596f7ff8
 import numpy as np, torch
-from scipy.ndimage import gaussian_filter, uniform_filter
 from torch.nn import functional as F
 from .capture import regrid
 from .saliency_metrics import loo_prior, soft_target
@@ -66,7 +65,8 @@ def suppress_border(
 )->torch.Tensor: # like `maps`; not rescaled
     "Maps without their outer rings of patches."
     g = maps.shape[-1]
-    if maps.shape[-2]!=g or not 1<=ring<g/2: raise ValueError(f"maps are {tuple(maps.shape)}, ring is {ring}: expected (..., g, g), and a ring from 1 that leaves some of it")
+    if maps.shape[-2]!=g or not 1<=ring<g/2:
+        raise ValueError(f"maps are {tuple(maps.shape)}, ring is {ring}: expected (..., g, g), and a ring from 1 that leaves some of it")
     return F.pad(maps[...,ring:g-ring,ring:g-ring], (ring,)*4)
 
 # %% ../../nbs/02f_baselines.ipynb #d03727ba
@@ -89,6 +89,7 @@ def saliency_maps(
     sigma:float=2.5, # of the Gaussian, in those pixels
 )->torch.Tensor: # (n, grid, grid) not negative
     "Spectral residual (Hou & Zhang, 2007) of the mean of the channels, pooled by area."
+    from scipy.ndimage import gaussian_filter, uniform_filter
     if images.ndim!=4 or images.shape[1]!=3: raise ValueError(f"images are {tuple(images.shape)}: expected (n, 3, s, s)")
     gray = images.cpu().double().mean(1)
     if (gray.amax((1,2))==gray.amin((1,2))).any(): raise ValueError("an image is the same everywhere: nothing in it stands out, so leave it out")
@@ -108,7 +109,8 @@ def derangement(
     "A random permutation that leaves nothing in its place, all such equally likely."
     groups = np.arange(n) if groups is None else np.array(groups)
     if len(groups)!=n: raise ValueError(f"{n} images, but {len(groups)} groups: expected one for each")
-    if n==0 or 2*np.unique(groups, return_counts=True)[1].max()>n: raise ValueError(f"of {n} images more than half are of one church: they cannot all get another's map")
+    if n==0 or 2*np.unique(groups, return_counts=True)[1].max()>n:
+        raise ValueError(f"of {n} images more than half are of one church: they cannot all get another's map")
     g = np.random.default_rng(seed)
     for _ in range(100_000):
         if (groups!=groups[p := g.permutation(n)]).all(): return p.tolist()
@@ -140,5 +142,6 @@ def baseline_maps(
 )->dict: # name -> (n, grid, grid)
     "Every baseline that needs no model."
     prior = prior_maps(masks, grid, groups)
-    return {'uniform':uniform_maps(len(masks), grid), 'random':random_maps(len(masks), grid, seed), 'center':center_maps(masks, grid, groups), 'prior':prior,
-            'inner prior':suppress_border(prior), 'edges':edge_maps(images, grid), 'saliency':saliency_maps(images, grid), 'boxes':mask_maps(masks, grid)}
+    return {'uniform': uniform_maps(len(masks), grid), 'random': random_maps(len(masks), grid, seed),
+            'center': center_maps(masks, grid, groups), 'prior': prior, 'inner prior': suppress_border(prior),
+            'edges': edge_maps(images, grid), 'saliency': saliency_maps(images, grid), 'boxes': mask_maps(masks, grid)}

@@ -144,7 +144,6 @@ class capture_attention(TorchFunctionMode):
         if self.full: call = replace(call, matrix=call.weights())
         self.records.append(self.read(call)); self.n_keys.append(call.n_keys)
         return call
-
     def _sdpa(self, query, key, value, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         options = dict(is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         call = self._see(_sdpa_call(query, key, value, attn_mask, options))
@@ -272,7 +271,8 @@ def mask_patches(
 )->torch.Tensor: # like `maps`, zero on artifacts; not rescaled
     "Maps without the attention on artifacts."
     if artifacts.dtype!=torch.bool or artifacts.shape!=(len(maps),*maps.shape[-2:]):
-        raise ValueError(f"artifacts are {artifacts.dtype} {tuple(artifacts.shape)}: expected bool {(len(maps),*maps.shape[-2:])}, one grid per image of the maps")
+        raise ValueError(f"artifacts are {artifacts.dtype} {tuple(artifacts.shape)}: expected bool {(len(maps),*maps.shape[-2:])}, "
+                         "one grid per image of the maps")
     return maps.masked_fill(artifacts.reshape(len(maps), *[1]*(maps.ndim-3), *maps.shape[-2:]), 0.)
 
 # %% ../../nbs/02_attention.ipynb #c61538e5

@@ -49,7 +49,9 @@ def rank_pixels(
     "Sort every map."
     flat = maps.flatten(-2)
     if flat.dtype in (torch.float16, torch.bfloat16): flat = flat.float()
-    if flat.dtype!=torch.float32 or flat.device.type!='cpu': return Ranking(*reversed(flat.sort(dim=-1, descending=True, stable=True)))
+    if flat.dtype!=torch.float32 or flat.device.type!='cpu':
+        values,order = flat.sort(dim=-1, descending=True, stable=True)
+        return Ranking(order, values)
     keys = (~_ordered((flat.detach()+0.).view(torch.int32))).long()<<32 # the sum turns -0 into 0
     keys = torch.from_numpy(np.sort((keys|torch.arange(flat.shape[-1])).numpy(), axis=-1))
     return Ranking(keys&0xffffffff, _ordered(~(keys>>32).int()).view(torch.float32))
@@ -202,7 +204,7 @@ def auroc(
     n,area = mask.numel(),int(mask.sum())
     if area==n: raise ValueError("the mask covers the whole image: there is no outside to compare with")
     p = places_in(maps, mask, places)
-    above = (p.first+p.last).double().mean(-1)/2 # of a boxed pixel: those that outrank it, ties and boxed ones included
+    above = (p.first+p.last).double().mean(-1)/2 # of a pixel inside: those that outrank it, ties and those inside included
     return 1-(above-(area-1)/2)/(n-area)
 
 # %% ../../nbs/02b_metrics.ipynb #435067f8

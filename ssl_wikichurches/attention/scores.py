@@ -38,7 +38,7 @@ class ScoreOptions:
 
 # %% ../../nbs/02e_scores.ipynb #b11c1df6
 class once:
-    "A property that is computed when it is first read, and kept. Threads never wait for one another, as they do in Python 3.11's `cached_property`."
+    "A property that is computed when first read, and kept; threads do not wait for each other, as in Python 3.11's `cached_property`."
     def __init__(self, f): self.f = f
     def __set_name__(self, owner, name): self.name = name
     def __get__(self, of, owner=None):
@@ -133,11 +133,12 @@ _OF_RANKING = (
         lambda t: (t.area/t.n, 1.), 'a/n', '1', 'Arras et al., 2022'),
     Metric('auroc', 'P(pixel inside outranks one outside)', lambda c: auroc(c.maps.pixels, c.target.mask, c.places),
         lambda t: (.5, 1.), '1/2', '1', 'Mann & Whitney, 1947', companion=True, possible=lambda t: t.area<t.n),
-    Metric('average_precision', 'mean precision at the boxed pixels', lambda c: average_precision(c.maps.pixels, c.target.mask, c.places),
+    Metric('average_precision', 'mean precision at the pixels in boxes', lambda c: average_precision(c.maps.pixels, c.target.mask, c.places),
         lambda t: (average_precision_chance(t.area, t.n), 1.), 'exact, about a/n', '1', 'Bestgen, 2015', companion=True),
-    Metric('shuffled_auroc', "P(boxed pixel outranks one of other images' boxes)",
+    Metric('shuffled_auroc', "P(pixel inside outranks one in other images' boxes)",
         lambda c: shuffled_auroc(c.maps.pixels, c.target.mask, c.target.others, c.places),
-        lambda t: (.5, shuffled_auroc_ceiling(t.mask, t.others)), '1/2', 'of the likelihood ratio', 'Tatler et al., 2005', companion=True, others=True),
+        lambda t: (.5, shuffled_auroc_ceiling(t.mask, t.others)), '1/2', 'of the likelihood ratio', 'Tatler et al., 2005',
+        companion=True, others=True),
 )
 
 # %% ../../nbs/02e_scores.ipynb #448d5dcb
@@ -154,7 +155,7 @@ _OF_VALUES = (
     Metric('mass_iou', 'IoU of the smallest set with that % of the attention', lambda c, percent: iou_of_top(c.places, c.maps.held),
         lambda t, k: (chance_of_top(t.area, t.n, k), min(k, t.area)/max(k, t.area)), 'E[X/(k+a-X)], k of this map', 'min(k,a)/max(k,a)',
         'Caron et al., 2021', setting='percent', per_map=lambda c: c.maps.held),
-    Metric('information_gain', 'bits per boxed pixel beyond the mean of other images',
+    Metric('information_gain', 'bits per pixel in the boxes, beyond the mean of other images',
         lambda c: information_gain(c.maps.pixels, c.target.mask, c.target.prior, c.target.options.eps, c.maps.shares),
         lambda t: _gains(t, t.options.eps), 'of even attention', 'of the mask itself', 'Kümmerer et al., 2015', companion=True, others=True),
 )
@@ -184,13 +185,15 @@ def _best_iou_levels(t, q):
 
 _OF_PLACES = (
     Metric('pointing', 'maximum within that many pixels of the boxes', lambda c, tolerance: pointing_game(c.maps.pixels, c.target.near),
-        lambda t, tolerance: (t.near.double().mean().item(), 1.), 'share of the dilated mask', '1', 'Zhang et al., 2016', setting='tolerance', companion=True),
+        lambda t, tolerance: (t.near.double().mean().item(), 1.), 'share of the dilated mask', '1', 'Zhang et al., 2016',
+        setting='tolerance', companion=True),
     Metric('recall', 'mean over boxes of the share among the top pixels',
         lambda c, q: box_scores(c.maps.pixels, c.target.boxes, 'recall', q, c.maps.ranking).mean(-1),
         _recall_levels, 'k/n', 'exact, k best pixels', 'box by box', setting='q', companion=True),
     Metric('best_iou', 'IoU of the top pixels and the best box', lambda c, q: best_box(c.maps.pixels, c.target.boxes, 'iou', q, c.maps.ranking),
         _best_iou_levels, 'simulated', 'max of min(k,b)/max(k,b)', 'box by box', setting='q', companion=True),
-    Metric('best_coverage', 'largest share of the attention in one box', lambda c: best_box(c.maps.pixels, c.target.boxes, 'coverage', p=c.maps.shares),
+    Metric('best_coverage', 'largest share of the attention in one box',
+        lambda c: best_box(c.maps.pixels, c.target.boxes, 'coverage', p=c.maps.shares),
         lambda t: (t.box_areas.max().item()/t.n, 1.), 'of even attention', '1', 'box by box'),
 )
 
@@ -328,8 +331,10 @@ def _table(found, names, blocks, heads):
     levels = [v for targets in found for scores in targets.values() for v in scores.values()] # values, chance and ceiling of each key
     m = blocks*len(heads)
     columns = {k:np.repeat(np.array(v, dtype=object), m) for k,v in zip(('image','part','metric'), zip(*keys))}
-    columns |= dict(block=np.tile(np.repeat(np.arange(blocks), len(heads)), len(keys)), head=np.tile(np.array(heads, dtype=object), blocks*len(keys)))
-    columns |= {k:np.concatenate([np.broadcast_to(v[i], m) for v in levels]) if levels else [] for i,k in enumerate(('value','chance','ceiling'))}
+    columns['block'] = np.tile(np.repeat(np.arange(blocks), len(heads)), len(keys))
+    columns['head'] = np.tile(np.array(heads, dtype=object), blocks*len(keys))
+    for k,v in zip(('value','chance','ceiling'), zip(*levels) if levels else ([],)*3):
+        columns[k] = np.concatenate([np.broadcast_to(x, m) for x in v]) if levels else []
     return pd.DataFrame(columns).reindex(columns=['image','part','block','head','metric','value','chance','ceiling'])
 
 # %% ../../nbs/02e_scores.ipynb #361fa494
@@ -365,11 +370,13 @@ def score_maps(
 # %% ../../nbs/02e_scores.ipynb #93749074
 def _read_columns(path, columns):
     table = pd.read_csv(path, dtype=dict(image=str, part=str))
-    if missing := [c for c in columns if c not in table]: raise ValueError(f"{path} lacks the columns {missing}: expected {', '.join(columns)}, and it has {', '.join(table)}")
+    if missing := [c for c in columns if c not in table]:
+        raise ValueError(f"{path} lacks the columns {missing}: expected {', '.join(columns)}, and it has {', '.join(table)}")
     bad = table[[*columns]].isna().any(axis=1)
     if bad.any(): raise ValueError(f"{path}: {bad.sum()} rows have an empty cell, first row {bad.idxmax()+2} of the file")
     return table
 
+# %% ../../nbs/02e_scores.ipynb #375e2a87
 def read_maps(
     path:str|os.PathLike, # CSV file with the columns image, row, column (from 0), value
     names:list=None, # images that are wanted, in this order; None: all, in the order of the file
@@ -392,8 +399,11 @@ def read_boxes(
     "Boxes that another program wrote."
     columns = ('left','top','right','bottom')
     t = _read_columns(path, ('image',*columns))
-    if (bad := (t.right<=t.left)|(t.bottom<=t.top)).any(): raise ValueError(f"{path}: {bad.sum()} boxes have no area, first row {bad.idxmax()+2} of the file: expected left < right and top < bottom")
-    if lacking := [n for n in names if n not in set(t.image)]: raise ValueError(f"{path} has no box of {len(lacking)} images, first {lacking[0]}: leave them out of the maps")
+    if (bad := (t.right<=t.left)|(t.bottom<=t.top)).any():
+        raise ValueError(f"{path}: {bad.sum()} boxes have no area, first row {bad.idxmax()+2} of the file: "
+                         "expected left < right and top < bottom")
+    if lacking := [n for n in names if n not in set(t.image)]:
+        raise ValueError(f"{path} has no box of {len(lacking)} images, first {lacking[0]}: leave them out of the maps")
     of = dict([*t.groupby('image')])
     return [torch.tensor(of[n][[*columns]].to_numpy(float), dtype=torch.float32) for n in names],[of[n].part.tolist() for n in names] if 'part' in t else None
 
