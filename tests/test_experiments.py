@@ -1,15 +1,17 @@
 "Studies that are interrupted, changed, broken or spread over executors."
-import json, re, shutil, signal, subprocess, sys, time
+import json, logging, re, shutil, signal, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pyarrow.parquet as pq, pytest, torch
 from safetensors.torch import load_file
 from processes import alive, children, wait_until
 from statsmodels.stats.multitest import multipletests
+from ssl_wikichurches.finetune import full as full_module
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.study.plan import DEMO, Run, Study, load_study, study_runs
+from ssl_wikichurches.study.plan import DEMO, Run, RunsFailed, Study, load_study, study_runs
 from ssl_wikichurches.study.runs import execute, evaluate_maps, run_study
 from ssl_wikichurches.finetune.training import StyleModel, predict
 from ssl_wikichurches.study.detail import example_images, examples
@@ -37,7 +39,7 @@ def root(done, tmp_path): return Path(shutil.copytree(done, tmp_path/done.name))
 
 def test_files_of_a_run(done):
     assert {p.name for p in done.iterdir() if p.is_dir()}=={r.name for r in study_runs(read_study(done), '')}
-    common = {'recipe.json','maps.safetensors','metrics.parquet','features.safetensors','run.json'}
+    common = {'recipe.json','maps.safetensors','metrics.parquet','means.parquet','features.safetensors','run.json'}
     for p in done.glob('*/'):
         assert {f.name for f in p.iterdir()}-{'best.safetensors'}==common|(set() if p.name.endswith('frozen') else {'history.csv','model.safetensors','predictions.csv'})
         facts = json.loads((p/'run.json').read_text())
@@ -77,8 +79,27 @@ def test_metrics_can_be_computed_again_from_the_maps(done):
     stored = load_maps(done/'tiny-clip-full-seed0')
     names,maps = stored.images,stored.maps
     items = ChurchDataset(load_churches(read_study(done).data), names, eval_transform(64))
-    again = score_maps(maps, [i['boxes'] for i in items], names, 64, [church_id(n) for n in names])
-    pd.testing.assert_frame_equal(again, pd.read_parquet(done/'tiny-clip-full-seed0'/'metrics.parquet'), check_dtype=False)
+    again = score_maps(maps, [i['boxes'] for i in items], names, 64, [church_id(n) for n in names]).sort_values('metric', kind='stable', ignore_index=True)
+    pd.testing.assert_frame_equal(again, pd.read_parquet(done/'tiny-clip-full-seed0'/'metrics.parquet'), check_dtype=False, check_exact=True)
+
+def test_a_metric_is_one_group_of_rows_and_means_stand_beside(done):
+    "What each file holds is the same; only the reading differs."
+    folder = done/'tiny-siglip-lora-seed0'
+    table,file = pd.read_parquet(folder/'metrics.parquet'),pq.ParquetFile(folder/'metrics.parquet')
+    groups = [file.read_row_group(i).column('metric').unique().to_pylist() for i in range(file.num_row_groups)]
+    assert groups==[[m] for m in sorted(table.metric.unique())] and [*table.columns]==['image','block','head','metric','value','chance','ceiling']
+    means = pd.read_parquet(folder/'means.parquet').set_index(['image','block'])
+    assert [*dict.fromkeys(means.index.get_level_values('image'))]==list(load_maps(folder).images)
+    for (metric,),d in table[table['head']=='mean'].groupby(['metric']):
+        d = d.set_index(['image','block'])
+        for column,name in (('value',metric), ('chance',f'{metric}|chance'), ('ceiling',f'{metric}|ceiling')):
+            pd.testing.assert_series_equal(means[name].dropna(), d[column].reindex(means.index).dropna(), check_names=False, check_exact=True)
+    assert len(means.columns)==3*table.metric.nunique()
+
+def test_images_and_their_churches_stand_in_the_folder_of_the_study(done):
+    images = pd.read_csv(done/'images.csv')
+    split = json.loads((done/'split.json').read_text())
+    assert images.image.tolist()==split['eval'] and images.church.tolist()==[n.partition('_')[0] for n in split['eval']]
 
 # ---- interrupted and started again
 
@@ -113,21 +134,59 @@ def test_kill_minus_nine_in_the_middle(drawn, tmp_path):
     pd.testing.assert_frame_equal(study_table(root), study_table(tmp_path/'b'/'killed'), check_exact=True)
 
 def test_a_worker_that_dies_is_named_and_finished_runs_stay(drawn, tmp_path):
+    study,full = brief(drawn, models=('tiny-clip',), tiers=('linear','full')),tmp_path/'brief'/'tiny-clip-full-seed0'
+    def die_in(run, root, *args): # as a worker does that has begun
+        if run.tier!='full': return execute(run, root, *args)
+        (folder := Path(root)/run.name).mkdir()
+        (folder/'recipe.json').write_text(json.dumps(asdict(run)))
+        raise BrokenProcessPool('gone')
     class Dying(ThreadPoolExecutor):
-        def submit(self, f, run, *args):
-            from concurrent.futures.process import BrokenProcessPool
-            def die(): raise BrokenProcessPool('gone')
-            return super().submit(die if run.tier=='full' else f, *(() if run.tier=='full' else (run, *args)))
-    with Dying(1) as pool, pytest.raises(RuntimeError, match='fewer workers'):
-        run_study(brief(drawn, models=('tiny-clip',)), tmp_path, pool, device='cpu', progress=False)
-    assert missing_runs(tmp_path/'brief')==['tiny-clip-full-seed0']
+        def submit(self, f, run, *args): return super().submit(die_in, run, *args)
+    with Dying(1) as pool, pytest.raises(RunsFailed, match='fewer workers.*error.txt') as failure:
+        run_study(study, tmp_path, pool, device='cpu', progress=False)
+    assert isinstance(failure.value.__cause__, BrokenProcessPool)
+    assert 'a worker process died' in (full/'error.txt').read_text()
+    assert [str(p.parent.name) for p in full.parent.glob('*/error.txt')]==[full.name] # of runs that are whole there is nothing to say
+    assert not (full/'run.json').exists() and len(list(full.parent.glob('*/run.json')))==2
+    here(study, tmp_path)
+    assert not list(full.parent.glob('*/error.txt'))
 
 def test_one_failing_run_does_not_stop_the_others(drawn, tmp_path):
     study = brief(drawn, models=('tiny-clip','lost=some/folder that is not there'))
-    with pytest.raises(RuntimeError, match='4 of 8 runs failed.*lost-frozen: ValueError'): here(study, tmp_path)
+    with pytest.raises(RunsFailed, match='4 of 8 runs failed.*lost-frozen: ValueError.*lost-frozen/error.txt'): here(study, tmp_path)
     assert missing_runs(tmp_path/'brief')==['lost-frozen','lost-linear-seed0','lost-lora-seed0','lost-full-seed0']
     assert set(study_table(tmp_path/'brief').model)=={'tiny-clip'}
     assert 'lost-lora-seed0' in write_report(tmp_path/'brief').read_text()
+
+def test_a_failing_run_leaves_its_trace_until_it_succeeds(drawn, tmp_path, monkeypatch):
+    "Traceback, warnings and messages in error.txt; nothing of an attempt that succeeds; a folder of another run is left alone."
+    study = brief(drawn, models=('tiny-clip',), tiers=('full',))
+    folder,fit = tmp_path/'brief'/'tiny-clip-full-seed0',full_module.fit_full
+    def no_memory(*args):
+        warnings.warn('the memory is nearly full')
+        logging.getLogger('some.library').error('step 3')
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\nCompile with `TORCH_USE_CUDA_DSA`')
+    monkeypatch.setattr(full_module, 'fit_full', no_memory)
+    with pytest.raises(RunsFailed) as failure: here(study, tmp_path)
+    said = str(failure.value)
+    assert f'tiny-clip-full-seed0: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB. (see {folder}/error.txt)' in said and '\n' not in said
+    assert isinstance(failure.value.__cause__, torch.OutOfMemoryError)
+    text = (folder/'error.txt').read_text()
+    for part in ('tiny-clip-full-seed0 failed at 20', 'Traceback (most recent call last)', 'in no_memory', 'TORCH_USE_CUDA_DSA', 'UserWarning: the memory is nearly full',
+                 'ERROR some.library: step 3', '"device": "cpu"', '"seed": 0', '"torch": '): assert part in text
+    assert not (folder/'run.json').exists() and not list(tmp_path.glob('*/*frozen/error.txt'))
+    assert not [h for h in logging.getLogger().handlers if isinstance(h, runs_module.RunLog)]
+    before = (folder/'error.txt').read_bytes()
+    with pytest.raises(ValueError, match='another recipe'): execute(replace(study_runs(study, 'key')[1], seed=0), tmp_path/'brief')
+    assert (folder/'error.txt').read_bytes()==before
+    monkeypatch.setattr(full_module, 'fit_full', fit)
+    here(study, tmp_path)
+    assert (folder/'run.json').is_file() and not (folder/'error.txt').exists()
+
+def test_an_error_of_a_team_is_said_in_one_line():
+    class Raised(Exception): pass
+    assert runs_module._one_line(Raised('\n\n-- Process 1 terminated:\nTraceback (most recent call last):\n  File "x"\nOSError: no disk\n'))=='Raised: OSError: no disk'
+    assert runs_module._one_line(RuntimeError(''))=='RuntimeError: ' and runs_module._one_line(ValueError('a\nb'))=='ValueError: a'
 
 # ---- a folder of something else
 

@@ -441,9 +441,9 @@ def rescore(
     runs = opened.of_kind('all')
     runs = runs[runs.model.isin([*opened.frozen])]
     for r in tqdm(runs.itertuples(), total=len(runs), desc='scoring', unit='run', disable=not progress):
-        boxes = opened.photographs(r.model).boxes
-        store_scores(opened.path/r.name, _same_images(opened, r), boxes)
-        if opened.has(r.name, 'start.safetensors'): store_scores(opened.path/r.name, _same_images(opened, r, True), boxes, 'start.parquet')
+        seen = opened.photographs(r.model)
+        store_scores(opened.path/r.name, _same_images(opened, r), seen.boxes, seen.groups)
+        if opened.has(r.name, 'start.safetensors'): store_scores(opened.path/r.name, _same_images(opened, r, True), seen.boxes, seen.groups, 'start')
     return [*runs.name]
 
 # %% ../../nbs/06c_reader.ipynb #4795d950

@@ -218,8 +218,8 @@ def rescore(
     runs = runs[runs.model.isin(behind)]
     boxes = {model:m.boxes() for model,m in behind.items()}
     for r in tqdm(runs.itertuples(), total=len(runs), desc='scoring', unit='run', disable=not progress):
-        store_scores(r.folder, behind[r.model].same_images(r.folder), boxes[r.model])
-        if (begin := r.folder/'start.safetensors').is_file(): store_scores(r.folder, behind[r.model].same_images(begin), boxes[r.model], 'start.parquet')
+        store_scores(r.folder, behind[r.model].same_images(r.folder), boxes[r.model], behind[r.model].churches)
+        if (begin := r.folder/'start.safetensors').is_file(): store_scores(r.folder, behind[r.model].same_images(begin), boxes[r.model], behind[r.model].churches, 'start')
     return [r.folder.name for r in runs.itertuples()]
 
 # %% ../../nbs/06e_results.ipynb #bee74ad1
