@@ -276,6 +276,13 @@ def test_folds_divide_churches(seed, k):
     assert table.fold.value_counts().max()<=2*45/k
     for f in range(k): check_crossfit(folds.index[folds!=f], folds.index[folds==f], pd.Series([f'Q{o}' for o in owner], images))
 
+def test_a_run_uses_all_folds_but_its_own(data):
+    names = list(data.split.eval)
+    folds = crossfit_folds(names, data.churches.images.church.loc[names], data.labels.loc[names], 3)
+    for f in range(3):
+        supervised,held = crossfit_parts(data, AttnSupervisedRecipe(folds=3, fold=f))
+        assert sorted(held)==sorted(folds.index[folds==f]) and sorted(supervised)==sorted(folds.index[folds!=f]) and len(supervised)>len(held)
+
 def test_folds_refuse():
     with pytest.raises(ValueError, match='twice'): crossfit_folds(['a','a','b'], ['Q1','Q1','Q2'], [0,0,1], 2)
     for k in (1,4): # one style: k folds of three churches

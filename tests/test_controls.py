@@ -1,10 +1,12 @@
 "Controls of a study: that one thing is changed and nothing else, that they stay out of every other table, and what the verdict says of planted shifts."
 import json, shutil
 from collections import Counter
+from dataclasses import replace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.finetune import controls
 from ssl_wikichurches.finetune.controls import LIGHT, other_task, random_labels, random_twin, read_countries
 from ssl_wikichurches.data.churches import church_id, read_churches
 from ssl_wikichurches.data.download import load_churches
@@ -86,6 +88,13 @@ def test_light_is_asked_where_there_are_no_countries(folder):
     gray = pd.Series({n:np.asarray(Image.open(churches.path(n)).convert('L'), float).mean() for n in train})
     assert gray.groupby(asked.labels[train]).mean().is_monotonic_increasing
     assert np.corrcoef(gray.rank(), asked.labels[train])[0,1]>.9
+
+def test_quarters_of_light_begin_at_their_edges(folder, monkeypatch):
+    without_countries(folder)
+    churches = read_churches(folder); split = make_split(churches, val=.3)
+    monkeypatch.setattr(controls, '_lightness', lambda churches, names: np.array([10.*i if i<5 else 0. for i in range(len(names))])) # names begin with those for training
+    asked = other_task(TrainData(churches, replace(split, train=split.train[:5]), 64))
+    assert asked.labels[list(split.train[:5])].tolist()==[0,1,2,3,3] # quartiles 10, 20 and 30
 
 def test_nothing_to_ask(folder):
     without_countries(folder)

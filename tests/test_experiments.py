@@ -17,7 +17,7 @@ from ssl_wikichurches.finetune.training import StyleModel, predict
 from ssl_wikichurches.study.detail import example_images, examples
 from ssl_wikichurches.study.report import load_examples, save_results, write_report
 from ssl_wikichurches.attention.maps import load_maps
-from ssl_wikichurches.study.results import complete_runs, load_run, missing_runs, read_study, study_scores, study_table
+from ssl_wikichurches.study.results import complete_runs, load_run, missing_runs, read_study, robustness_table, study_scores, study_table
 
 BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
 
@@ -56,6 +56,12 @@ def test_table_of_a_study(done):
     assert (t['shift'][~linear]!=0).all() and t.p_holm[~linear].notna().all() and (t.n==12).all() and t.accuracy.between(0,1).all()
     for metric,block,head in (('auroc',0,'mean'), ('coverage',-1,'3')): assert len(study_table(done, metric, block, head))==6
     with pytest.raises(ValueError, match="metric 'iuo'"): study_table(done, 'iuo')
+
+def test_other_metrics_gain_towards_what_is_better(done):
+    t = robustness_table(done, ('auroc','kl')).set_index(['model','tier','metric'])
+    for metric,sign in dict(auroc=1, kl=-1).items():
+        d = study_table(done, metric).query("tier!='linear'").set_index(['model','tier']).d_z
+        for k,v in d.items(): assert t.gain[(*k,metric)]==pytest.approx(sign*v)
 
 @pytest.mark.parametrize('tier', ['frozen','linear','lora','full'])
 def test_a_run_is_rebuilt_to_the_last_bit(done, tier):

@@ -210,6 +210,12 @@ def test_a_permuted_classifier_permutes_the_labels_of_a_pool(few, name):
     assert [CLASSES.index(s) for s in a['style']]==[order[CLASSES.index(s)] for s in c['style']] and a['style'].nunique()>1
     assert list(a.accepted)==list(c.accepted) and list(a['why'])==list(c['why']) and 0<a.accepted.sum()<len(a)
 
+def test_the_limits_belong_to_what_is_accepted():
+    "Four logits of 0: each class has the probability 1/4, and the energy is -log 4."
+    even,energy = torch.zeros(1, 4),-torch.zeros(1, 4, dtype=torch.double).logsumexp(1).item()
+    assert pseudo_labels(even, ['a'], .25, energy).accepted.all()
+    assert pseudo_labels(even, ['a'], .2500001, energy)['why'].item()=='unsure' and pseudo_labels(even, ['a'], .25, energy-1e-9)['why'].item()=='unlike the labelled'
+
 def test_a_teacher_that_is_not_finite_stops():
     with pytest.raises(FloatingPointError): pseudo_labels(torch.tensor([[0.,1,2,math.nan]]), ['a'])
     with pytest.raises(ValueError, match='2 names'): pseudo_labels(torch.zeros(1, 4), ['a','b'])
