@@ -1,4 +1,4 @@
-"The toy encoders: what they are shown, how they are pretrained, what ships."
+"The tiny backbones: what they are shown, how they are pretrained, what ships."
 import hashlib, json
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
@@ -7,10 +7,10 @@ from ssl_wikichurches.backbones import tiny
 from ssl_wikichurches.backbones.encoders import BACKBONES, TINY, WEIGHTS, load_backbone, save_backbone
 from ssl_wikichurches.backbones.probe import balanced_accuracy, fit_probe, probe_churches, probe_table
 from ssl_wikichurches.data.synthetic import make_churches, read_truth
-from ssl_wikichurches.backbones.tiny import DEVIATIONS, PRETRAINING, Distillation, Optimizer, Teacher, balanced_assignment, encode, pretrain
+from ssl_wikichurches.backbones.tiny import AnchoredDistillation, Distillation, Optimizer, Teacher, balanced_assignment, encode, objective_of, pretrain
 from ssl_wikichurches.data.views import CAPTION_LENGTH, PARTS, WORDS, Photographs, caption, load_photographs, parts_in_view, views, windows
 
-families = pytest.mark.parametrize('family', list(PRETRAINING))
+families = pytest.mark.parametrize('family', [k.removeprefix('tiny-') for k in TINY])
 def generator(seed=0): return torch.Generator().manual_seed(seed)
 
 @pytest.fixture(scope='module')
@@ -91,7 +91,7 @@ def test_mae_sees_everything_after_pretraining(photos):
     assert b.model.config.mask_ratio==0 and b.model(torch.zeros(1,3,96,96)).last_hidden_state.shape[1]==145
 
 def test_gram_anchor_enters_late(photos):
-    b = load_backbone('tiny-dinov3-random'); o = Distillation(b, photos, anchored=True)
+    b = load_backbone('tiny-dinov3-random'); o = AnchoredDistillation(b, photos)
     o.after(.5); assert o.anchor is None
     o.after(.6); anchor = o.anchor; assert anchor is not None
     o.after(.9); assert o.anchor is anchor
@@ -110,7 +110,7 @@ def test_teacher_follows_and_is_no_parameter(photos):
 
 @families
 def test_optimizer_takes_every_parameter_once(family, photos):
-    plan = PRETRAINING[family]; o = plan.objective(load_backbone(f'tiny-{family}-random'), photos, **dict(plan.options))
+    o = objective_of(family)(load_backbone(f'tiny-{family}-random'), photos)
     held = [id(p) for opt in Optimizer(o, 1e-3, .01).all for g in opt.param_groups for p in g['params']]
     assert len(held)==len(set(held)) and set(held)=={id(p) for p in o.parameters() if p.requires_grad}
 
@@ -140,12 +140,12 @@ def test_shipped(name):
     assert (folder/'backbone.safetensors').stat().st_size<2e6
     card = (folder/'README.md').read_text(); family = name.removeprefix('tiny-')
     assert hashlib.sha256((folder/'backbone.safetensors').read_bytes()).hexdigest() in card
-    assert f'wikichurches_pretrain_tiny --family {family}' in card and all(d in card for d in DEVIATIONS[family])
-    assert f'{PRETRAINING[family].steps} steps' in card
+    assert f'wikichurches_pretrain_tiny --family {family}' in card and all(d in card for d in objective_of(family).deviations)
+    assert f'{objective_of(family).steps} steps' in card
     b = load_backbone(name)
     assert b.spec==BACKBONES[name] and {p.dtype for p in b.parameters()}=={torch.float32}
-    twin = load_backbone(name+'-random')
-    assert twin.state_dict().keys()==b.state_dict().keys() and not torch.equal(next(twin.parameters()), next(b.parameters()))
+    other = load_backbone(name+'-random')
+    assert other.state_dict().keys()==b.state_dict().keys() and not torch.equal(next(other.parameters()), next(b.parameters()))
 
 def test_all_weights_together_are_small(): assert sum(p.stat().st_size for p in WEIGHTS.rglob('*'))<8e6
 
