@@ -274,7 +274,8 @@ def study_faithfulness(
     known = [i for i in items if i['label']>=0]
     matched = matched_sets([i['boxes'] for i in known], [i['name'] for i in known], spec.size, n, seed)
     x,t = torch.stack([i['image'] for i in known]),torch.tensor([i['label'] for i in known])
-    return before_and_after(before, after, x, matched, t, [i['name'] for i in known], color=spec.mean, device=device, seed=seed)
+    names = [i['name'] for i in known]
+    return before_and_after(before, after, x, matched, t, names, churches.groups(names), color=spec.mean, device=device, seed=seed)
 
 # %% ../../nbs/06e_results.ipynb #16bef6e3
 def baseline_table(
