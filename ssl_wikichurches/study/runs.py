@@ -21,7 +21,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from tqdm import tqdm
 from ..data.files import available_cores, read_tensors, worker_pool, write_file, write_json, write_tensors
 from ..backbones.encoders import Backbone, load_backbone
-from ..data.churches import CLASSES, ChurchDataset, Churches, box_mask, eval_transform
+from ..data.churches import ChurchDataset, Churches, box_mask, eval_transform
 from ..finetune.devices import Team, launch
 from ..data.download import load_churches
 from ..finetune.tiers import CONTROLS, FROZEN, tier_method
@@ -124,13 +124,11 @@ def _fit(run, data, backbone, folder, device):
     recipe = tier.recipe(**run.recipe)
     fitted = tier.fit(backbone, data, recipe, run.seed, device, folder)
     if (team := Team()).rank: return fitted.backbone,{}
-    classes = [*data.names,*['none']*(len(CLASSES)-len(data.names))] # outputs of the classifier that nothing asks for
-    as_asked = {f'{k}_{a.lower()}':f'{k}_{b.lower()}' for k in ('p','val_recall') for a,b in zip(CLASSES, classes)}
-    write_file(folder/'history.csv', lambda p: fitted.history.rename(columns=as_asked).to_csv(p))
+    write_file(folder/'history.csv', fitted.history.to_csv)
     write_tensors(folder/'model.safetensors', fitted.state)
     if fitted.other: write_tensors(folder/('last.safetensors' if recipe.select=='best' else 'best.safetensors'), fitted.other)
     said = pd.concat([fitted.predictions(data.loader(p), device).assign(part=p) for p in ('val','eval','test') if getattr(data.split, p)])
-    write_file(folder/'predictions.csv', lambda p: said.rename(columns=as_asked).to_csv(p, index=False, float_format='%.6g'))
+    write_file(folder/'predictions.csv', lambda p: said.to_csv(p, index=False, float_format='%.6g'))
     scores = {p:classification_scores(d.label, d.predicted) for p,d in said.groupby('part', sort=False)}
     facts = dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch, processes=team.n, held_out=[*fitted.held_out], classes=[*data.names])
     return fitted.backbone,facts

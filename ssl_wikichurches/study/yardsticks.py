@@ -17,7 +17,7 @@ from scipy import stats
 from ..attention.capture import pooled_maps
 from ..backbones.encoders import load_backbone
 from ..attention.baselines import baseline_maps, other_maps, random_maps, suppress_border
-from ..finetune.controls import random_twin
+from ..finetune.controls import randomly_initialized
 from ..data.churches import box_mask, church_id
 from ..stats.shift import CONSTANT, holm, paired_shift
 from ..attention.metrics import PRIMARY
@@ -61,7 +61,7 @@ def _score(case, maps, metric):
 # %% ../../nbs/06h_yardsticks.ipynb #7b857f9d
 def _untrained(case, backbone, seed, block, device, batch=32):
     "(n, g, g) map of the random twin, rounded as stored maps are."
-    twin = random_twin(backbone, seed).to(device)
+    twin = randomly_initialized(backbone, seed).to(device)
     return torch.cat([pooled_maps(twin, x.to(device))[:,block].half().float().mean(1).cpu() for x in case.images.split(batch)])
 
 def yardstick_scores(
