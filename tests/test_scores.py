@@ -1,7 +1,7 @@
 "The table of all metrics: against single calls, in any order, memory, device and number of threads; by part; from files; on real photographs."
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.attention.baselines import baseline_maps
-from ssl_wikichurches.data.churches import ChurchDataset, box_mask, church_id, eval_transform, read_churches
+from ssl_wikichurches.data.churches import ChurchDataset, box_mask, eval_transform, read_churches
 from ssl_wikichurches.attention.saliency_metrics import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
     rank_accuracy, shuffled_auroc, similarity, soft_target)
 from ssl_wikichurches.attention.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, upsample
@@ -121,7 +121,7 @@ def test_chance_of_many_pixels_is_exact_within_rounding():
 def test_real_photographs(real):
     churches = read_churches(real/'photos', on_error='skip', verify=False)
     items = [i for i in ChurchDataset(churches, [*churches.boxes.image.unique()][:6], eval_transform(224)) if len(i['boxes'])]
-    boxes,names = [i['boxes'] for i in items],[i['name'] for i in items]; groups = [church_id(n) for n in names]
+    boxes,names = [i['boxes'] for i in items],[i['name'] for i in items]; groups = churches.groups(names)
     found = baseline_maps(torch.stack([i['image'] for i in items]), torch.stack([box_mask(b, 224) for b in boxes]), 14, groups)
     table = score_maps(torch.stack(list(found.values()), 1)[:,:,None], boxes, names, 224, groups).query("head=='mean'")
     mean = table.assign(map=np.array(list(found))[table.block]).pivot_table(index='metric', columns='map', values='value')
