@@ -10,7 +10,7 @@ __all__ = ['token_rollout', 'rollout', 'predicted_class', 'gmar_weights', 'gmar'
 from contextlib import contextmanager
 import numpy as np, torch
 from torch import nn
-from .capture import _expect, _on_patches, _ready, capture_attention
+from .capture import check_calls, on_patches, require_evaluation, capture_attention
 from ..backbones.encoders import Backbone
 
 # %% ../../nbs/02a_attribution.ipynb #1df8134d
@@ -44,7 +44,7 @@ def token_rollout(
     start:int=0, # first block that counts
 )->torch.Tensor: # (batch, tokens) float32, prefix tokens first; sums to 1
     "Rollout of all tokens, those before the patches too (Abnar and Zuidema, 2020)."
-    _ready(backbone); start = _block_index(backbone, start)
+    require_evaluation(backbone); start = _block_index(backbone, start)
     if how not in _FOLD: raise ValueError(f"how is {how!r}: expected one of {', '.join(_FOLD)}")
     rolled = []
     def read(call):
@@ -53,7 +53,7 @@ def token_rollout(
         step = _rownorm(_fold(call, how)) if i==backbone.depth else _mixed(_fold(call, how))
         rolled[:] = [step@rolled[0] if rolled else step]
     with torch.no_grad(), capture_attention(read=read) as seen: backbone(images)
-    _expect(backbone, seen.n_keys)
+    check_calls(backbone, seen.n_keys)
     return rolled[0][:,0].float()
 
 # %% ../../nbs/02a_attribution.ipynb #8e3c8025
@@ -64,7 +64,7 @@ def rollout(
     start:int=0, # first block that counts
 )->torch.Tensor: # (batch, grid, grid) float32, not negative; sums to 1 less what stayed on prefix tokens
     "Attention rollout of the class token, or of the pooling head's probe (Abnar and Zuidema, 2020)."
-    return _on_patches(backbone, token_rollout(backbone, images, how, start))
+    return on_patches(backbone, token_rollout(backbone, images, how, start))
 
 # %% ../../nbs/02a_attribution.ipynb #fc228325
 @torch.no_grad()
@@ -74,7 +74,7 @@ def predicted_class(
     images:torch.Tensor, # (batch, 3, size, size) in [0, 1]
 )->torch.Tensor: # (batch) int64, a `target` for the methods below
     "The class with the largest logit."
-    _ready(backbone)
+    require_evaluation(backbone)
     return classifier(backbone(images)).argmax(1)
 
 # %% ../../nbs/02a_attribution.ipynb #0add3c99
@@ -90,7 +90,7 @@ def _target_logits(backbone, classifier, features, target):
 # %% ../../nbs/02a_attribution.ipynb #7912bb4b
 def _backward(backbone, classifier, images, target, take):
     "Calls `take(i, weights, gradient)` for each attention call, from the last to the first, with gradients of the target logits."
-    _ready(backbone)
+    require_evaluation(backbone)
     hooks = []
     def read(call):
         weights,i = call.weights(),len(hooks)
@@ -99,7 +99,7 @@ def _backward(backbone, classifier, images, target, take):
         x = images.detach().clone().requires_grad_()
         try:
             with capture_attention(full=True, read=read) as seen: features = backbone(x)
-            _expect(backbone, seen.n_keys)
+            check_calls(backbone, seen.n_keys)
             torch.autograd.grad(_target_logits(backbone, classifier, features, target).sum(), x)
         finally:
             for h in hooks: h.remove()
@@ -160,7 +160,7 @@ def gmar(
 )->torch.Tensor: # (batch, grid, grid) float32, not negative; sums to 1 less what stayed on prefix tokens
     "Rollout with heads weighed by the norm of the logit's gradient (GMAR, arXiv 2504.19414)."
     def weighed(weights, gradient): return torch.einsum('bh,bhqk->bqk', _head_weights(gradient, norm), weights.float())
-    return _on_patches(backbone, _follow(backbone, classifier, images, target, start, weighed, lambda row,step: _down(row, _mixed(step))))
+    return on_patches(backbone, _follow(backbone, classifier, images, target, start, weighed, lambda row,step: _down(row, _mixed(step))))
 
 # %% ../../nbs/02a_attribution.ipynb #f4f50bb4
 def _speaking_for(weights, gradient):
@@ -183,7 +183,7 @@ def gradient_attention(
     start:int=0, # first block that counts
 )->torch.Tensor: # (batch, grid, grid) float32, not negative, in units of the logit; not normalized
     "Relevance by gradient times attention, the generic rule of Chefer et al. (ICCV 2021, equations 5 and 6)."
-    return _on_patches(backbone, _relevance(backbone, classifier, images, target, start))
+    return on_patches(backbone, _relevance(backbone, classifier, images, target, start))
 
 # %% ../../nbs/02a_attribution.ipynb #c49f9702
 def _entering(args, kwargs): return args[0] if args else kwargs['hidden_states']
@@ -196,7 +196,7 @@ def grad_cam(
     block:int=-1, # the tokens that enter this block are read; -1: the last
 )->torch.Tensor: # (batch, grid, grid) float32, not negative; not normalized
     "Grad-CAM (Selvaraju et al., 2017, equations 1 and 2) on the patch tokens that enter a block."
-    _ready(backbone)
+    require_evaluation(backbone)
     tokens,n = [],backbone.spec.n_prefix
     hook = backbone.layers[_block_index(backbone, block)].register_forward_pre_hook(lambda m,a,k: tokens.append(_entering(a, k)), with_kwargs=True)
     with torch.inference_mode(False), torch.enable_grad():
@@ -204,7 +204,7 @@ def grad_cam(
         finally: hook.remove()
         gradient, = torch.autograd.grad(_target_logits(backbone, classifier, features, target).sum(), tokens)
     alpha = gradient[:,n:].float().mean(1, keepdim=True)
-    return _on_patches(backbone, (alpha*tokens[0].detach().float()).sum(-1).clamp(min=0))
+    return on_patches(backbone, (alpha*tokens[0].detach().float()).sum(-1).clamp(min=0))
 
 # %% ../../nbs/02a_attribution.ipynb #6dc57cf2
 def _is_scale(module, x):
@@ -269,7 +269,7 @@ def _output_maps(backbone, calls, exits, like):
 # %% ../../nbs/02a_attribution.ipynb #f57796d8
 def _moved(backbone, images):
     "Per block: what attention would move before projection (batch, tokens, width), the projection's matrix and its constant."
-    _ready(backbone)
+    require_evaluation(backbone)
     exits,calls,moved = _Exits(backbone.dim),[],[]
     def read(call):
         if call.out_proj is None: exits.call()
@@ -279,7 +279,7 @@ def _moved(backbone, images):
         row = call.weights(rows=slice(1))[:,:,0,:,None]*call.value.float() if pooled else None
         moved.append(None if row is None else row.transpose(1,2).flatten(2))
     with torch.no_grad(), _watching(backbone.model, exits), capture_attention(read=read) as seen: backbone(images)
-    _expect(backbone, seen.n_keys)
+    check_calls(backbone, seen.n_keys)
     return [(m, *o) for m,o in zip(moved, _output_maps(backbone, calls, exits.found, images[:1,0,0,0])) if m is not None]
 
 # %% ../../nbs/02a_attribution.ipynb #1e0693b3
@@ -299,7 +299,7 @@ def value_norm(
     images:torch.Tensor, # (batch, 3, size, size) in [0, 1]
 )->torch.Tensor: # (batch, blocks, grid, grid) float32, not negative; one block for pooling heads
     "Length of what each patch contributes to the pooled row's attention output (Kobayashi et al., 2020)."
-    return torch.stack([_on_patches(backbone, (m@w).norm(dim=-1)) for m,w,_ in _moved(backbone, images)], 1)
+    return torch.stack([on_patches(backbone, (m@w).norm(dim=-1)) for m,w,_ in _moved(backbone, images)], 1)
 
 # %% ../../nbs/02a_attribution.ipynb #1c2a8783
 _UNITS = 2**30 # per unit of capacity: the largest power of two whose sums stay within 32 bits
@@ -322,13 +322,13 @@ def attention_flow(
 )->torch.Tensor: # (batch, grid, grid) float32, in [0, 1]
     "Largest flow from the pooled row to each patch through the mean attention of all blocks (Abnar and Zuidema, 2020)."
     from scipy.sparse.csgraph import maximum_flow
-    _ready(backbone)
+    require_evaluation(backbone)
     spec = backbone.spec; n = spec.n_prefix+spec.grid**2
     if n>limit:
         raise ValueError(f"{n} tokens are more than limit={limit}, and a maximum flow is solved for every patch: "
                          "load the backbone with a smaller `size=`, or raise `limit`")
     with torch.no_grad(), capture_attention(read=lambda call: _fold(call, 'mean')) as seen: backbone(images)
-    _expect(backbone, seen.n_keys)
+    check_calls(backbone, seen.n_keys)
     steps = [a if i==backbone.depth else _mixed(a) for i,a in enumerate(seen.records)][::-1]
     flows = []
     for graph in (_pipes([s[b].double().cpu().numpy() for s in steps]) for b in range(len(images))):

@@ -77,17 +77,20 @@ def ranking_plot(
 )->Axes:
     "Shift and interval of every row, largest mean over tiers first; n is the number of churches."
     require_columns(table, label, 'model', 'tier', 'n', 'shift', 'low', 'high')
-    order,tiers = table.groupby(label, sort=False)['shift'].mean().sort_values(ascending=False, kind='stable').index, [*dict.fromkeys(table.tier)]
+    tiers = [*dict.fromkeys(table.tier)]
+    order = table.groupby(label, sort=False)['shift'].mean().sort_values(ascending=False, kind='stable').index
     ax = ax or plt.subplots(figsize=(6,.8+.1*len(order)*(1+len(tiers))), dpi=80, layout='constrained')[1]
     ax.axvline(0, color='k', lw=.8, zorder=0)
     for r in table.itertuples():
-        y,color = order.get_loc(getattr(r, label))+.66*(tiers.index(r.tier)-(len(tiers)-1)/2)/len(tiers), model_color(r.model)
+        color,aside = model_color(r.model),.66*(tiers.index(r.tier)-(len(tiers)-1)/2)/len(tiers)
+        y = order.get_loc(getattr(r, label))+aside
         if np.isfinite([r.low,r.high]).all(): ax.plot([r.low,r.high], [y,y], color=color, lw=1.2)
         ax.plot(r.shift, y, color=color, ms=4.5, **_drawn(r.tier, color))
     n = table.groupby(label).n.max()
     ax.set_yticks(range(len(order)), [f'{k}  n={n[k]}' for k in order], fontsize=8); ax.set_ylim(len(order)-.4, -.6)
     ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=5)
-    ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t, **_drawn(t, 'gray')) for t in tiers], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t, **_drawn(t, 'gray')) for t in tiers],
+              fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax
 
 # %% ../../nbs/06d_figures.ipynb #843f4124
@@ -100,11 +103,12 @@ def block_plot(
     require_columns(table, 'model', 'tier', 'block', 'before', 'after', 'p_step_down')
     ax = ax or plt.subplots(figsize=(5.5,2.6), dpi=80, layout='constrained')[1]
     for k,(tier,rows) in enumerate(table.groupby('tier', sort=False)):
-        color,sure = model_color(rows.model.iloc[0]), (rows.p_step_down<.05).to_numpy()
-        if k==0: ax.plot(rows.block, rows.before, color='gray', lw=1.2, ls='--', marker=TIER_MARKERS['frozen'], label='frozen')
-        ax.plot(rows.block, rows.after, color=color, lw=1, ls=('-',':','-.')[k%3])
-        for chosen,fill in ((sure,color), (~sure,'white')): ax.plot(rows.block[chosen], rows.after[chosen], color=color, ls='', ms=5, marker=tier_marker(tier), mfc=fill)
-        ax.plot([], [], color=color, lw=1, ls=('-',':','-.')[k%3], marker=tier_marker(tier), ms=5, label=tier)
+        color,line,mark = model_color(rows.model.iloc[0]),('-',':','-.')[k%3],dict(marker=tier_marker(tier), ms=5)
+        sure = (rows.p_step_down<.05).to_numpy()
+        if k==0: ax.plot(rows.block, rows.before, color='gray', lw=1.2, ls='--', marker=TIER_MARKERS[FROZEN], label=FROZEN)
+        ax.plot(rows.block, rows.after, color=color, lw=1, ls=line)
+        for chosen,fill in ((sure,color), (~sure,'white')): ax.plot(rows.block[chosen], rows.after[chosen], color=color, ls='', mfc=fill, **mark)
+        ax.plot([], [], color=color, lw=1, ls=line, label=tier, **mark)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set_ylabel(ylabel, fontsize=9); ax.set_xlabel('block (from 0)', fontsize=9)
     ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax
