@@ -14,7 +14,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], keywords=cfg['keywords'],
     license='Apache-2.0', python_requires=f">={cfg['min_python']}",
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['ssl_wikichurches*']), package_data={'ssl_wikichurches': ['weights/*/*']}, zip_safe=False,
+    packages=find_packages(include=['ssl_wikichurches*']), package_data={'ssl_wikichurches': ['weights/*/*', 'templates/*']}, zip_safe=False,
     install_requires=cfg['requirements'].split(), extras_require={'dev': dev},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

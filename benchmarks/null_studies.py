@@ -28,8 +28,8 @@ FOLDER = Path(__file__).parent.parent/'results'/'statistics'
 def write_real_shifts(study, path):
     "Shifts of IoU@90 of a study, centered: one mean per church of each tier's lowest seed. No names, sorted within a tier."
     from ssl_wikichurches.stats.seeds import shift_grid
-    from ssl_wikichurches.study.results import study_scores
-    scores = study_scores(study)
+    from ssl_wikichurches.study.reader import open_study
+    scores = open_study(study).scores()
     if scores.model.nunique()!=1: raise SystemExit(f"{study} holds the models {[*scores.model.unique()]}: expected one")
     grids = {tier:shift_grid(g).iloc[:,0] for tier,g in scores[scores.tier!='linear'].groupby('tier', sort=False)}
     table = pd.concat([pd.DataFrame(dict(tier=tier, shift=np.sort(d-d.mean()))) for tier,d in grids.items()], ignore_index=True)

@@ -1,4 +1,4 @@
-"Baselines against second implementations, untrained twins of every kind of source, and yardsticks against plain pandas and scipy."
+"Baselines against second implementations, untrained twins of every kind of source, and tables of baselines against plain pandas and scipy."
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -7,20 +7,19 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from ssl_wikichurches.study import results
-from ssl_wikichurches.study import yardsticks
+from ssl_wikichurches.study import blind_baselines
 from ssl_wikichurches.attention.capture import fuse_heads, pooled_maps
 from ssl_wikichurches.backbones.encoders import TINY, Backbone, attention_projections, load_backbone, save_backbone
 from ssl_wikichurches.attention.baselines import baseline_maps, edge_maps, prior_maps, saliency_maps, suppress_border
-from ssl_wikichurches.finetune.controls import randomly_initialized
+from ssl_wikichurches.finetune.controls import random_twin
 from ssl_wikichurches.data.churches import ChurchDataset, box_mask, eval_transform
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.attention.maps import load_maps
-from ssl_wikichurches.attention.metrics import auroc, iou_at_percentile, upsample
-from ssl_wikichurches.study.results import read_study, study_scores
-from ssl_wikichurches.study.yardsticks import FAMILY, IDENTICAL_MAPS, border_scores, border_table, compare_yardsticks, yardstick_scores, yardstick_table
+from ssl_wikichurches.attention.metrics import auroc, iou_at_percentile, n_kept, rank_pixels, upsample
+from ssl_wikichurches.study.blind_baselines import FAMILY, IDENTICAL_MAPS, baseline_scores, baseline_table, border_scores, border_table, compare_baselines, score_like, top_pixels
+from ssl_wikichurches.study.reader import OpenStudy, open_study
 
 close = lambda x, y, tol=1e-9: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tol, rtol=0)
 def textured(seed, n=2, s=96): # photographs have more of the low frequencies
@@ -124,7 +123,7 @@ def test_bad_input(call, match):
 def check_twin(trained):
     "Nothing that differs from the library's start is in the twin, nor is a seed's draw in another's."
     before = torch.random.get_rng_state()
-    one,again,two = randomly_initialized(trained, 0),randomly_initialized(trained, 0),randomly_initialized(trained, 1)
+    one,again,two = random_twin(trained, 0),random_twin(trained, 0),random_twin(trained, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
     t,a,b,c = (m.model.state_dict() for m in (trained, one, again, two))
     assert t.keys()==a.keys() and all(torch.equal(a[k], b[k]) for k in a) and not {p.data_ptr() for p in one.parameters()}&{p.data_ptr() for p in trained.parameters()}
@@ -144,7 +143,7 @@ def test_twins_of_the_toys(name):
     start = load_backbone(f'{name}-random').model.state_dict()
     for k in t: # every tensor that pretraining changed is changed back
         if not torch.equal(t[k], start[k]): assert not torch.equal(a[k], t[k]), k
-    same = randomly_initialized(load_backbone(name), zlib.crc32(f'{name}-random'.encode())).model.state_dict()
+    same = random_twin(load_backbone(name), zlib.crc32(f'{name}-random'.encode())).model.state_dict()
     assert all(torch.equal(same[k], start[k]) for k in start)
 
 def test_twins_of_folders_files_and_other_sizes(tmp_path):
@@ -163,15 +162,15 @@ def test_twin_of_real_weights(real): check_twin(load_backbone(f"timm/vit_tiny_pa
 def test_what_has_no_twin():
     b = load_backbone('tiny-clip')
     targets = [n for block in attention_projections(b) for n in (block['q'],block['v'])]
-    with pytest.raises(ValueError, match='adapters'): randomly_initialized(Backbone(b.spec, get_peft_model(load_backbone('tiny-clip').model, LoraConfig(target_modules=targets)), b.architecture))
-    with pytest.raises(ValueError, match='another architecture'): randomly_initialized(Backbone(b.spec, b.model, load_backbone('tiny-siglip').architecture))
-    with pytest.raises(ValueError, match='is untrained'): randomly_initialized(randomly_initialized(b, 3), 3)
-    one = randomly_initialized(b, 3) # a single block that was left trained is noticed
+    with pytest.raises(ValueError, match='adapters'): random_twin(Backbone(b.spec, get_peft_model(load_backbone('tiny-clip').model, LoraConfig(target_modules=targets)), b.architecture))
+    with pytest.raises(ValueError, match='another architecture'): random_twin(Backbone(b.spec, b.model, load_backbone('tiny-siglip').architecture))
+    with pytest.raises(ValueError, match='is untrained'): random_twin(random_twin(b, 3), 3)
+    one = random_twin(b, 3) # a single block that was left trained is noticed
     survivor = next(k for k in one.model.state_dict() if k.endswith('2.self_attn.q_proj.weight'))
     state = b.model.state_dict(); state[survivor] = one.model.state_dict()[survivor]; b.model.load_state_dict(state)
-    with pytest.raises(ValueError, match='1 weights .*q_proj'): randomly_initialized(b, 3)
+    with pytest.raises(ValueError, match='1 weights .*q_proj'): random_twin(b, 3)
 
-# ---- yardsticks
+# ---- in a study
 
 def here(study, home):
     with ThreadPoolExecutor(1) as pool: return run_study(study, home, pool, device='cpu', progress=False)
@@ -180,7 +179,7 @@ def here(study, home):
 def done(drawn, tmp_path_factory):
     "A model with its named twin beside it, and fine-tuned runs of two seeds. Not to be changed."
     recipes = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2))
-    return here(Study('yard', data=str(drawn), models=('tiny-clip','tiny-clip-random'), tiers=('linear','lora'), seeds=(0,1), size=64, val=.3, recipes=recipes), tmp_path_factory.mktemp('runs'))
+    return here(Study('blind', data=str(drawn), models=('tiny-clip','tiny-clip-random'), tiers=('linear','lora'), seeds=(0,1), size=64, val=.3, recipes=recipes), tmp_path_factory.mktemp('runs'))
 
 def bca(d):
     "Ends of the BCa interval by leaving out one church at a time, from scipy's resampled means. Of six churches 1.5 % of the resamples hold each once: they tie with the mean, and count one half."
@@ -196,18 +195,18 @@ def bca(d):
 def pairs(request, monkeypatch):
     "Drawn churches have one annotated image each; in pairs, two names are taken for one church."
     name = (lambda n: str(int(n.split('_')[0][1:])//2)) if request.param else (lambda n: n.split('_')[0])
-    for module in (yardsticks, results): monkeypatch.setattr(module, 'church_id', name)
+    monkeypatch.setattr(OpenStudy, 'groups', lambda self, names: [name(n) for n in names])
     return name
 
 def one_by_one(maps, masks, f): return np.array([f(upsample(m, len(k)), k).item() for m,k in zip(maps, masks)])
 
 def read(root, model):
-    study,stored = read_study(root),load_maps(root/f'{model}-frozen')
+    study,stored = open_study(root).study,load_maps(root/f'{model}-frozen')
     items = [*ChurchDataset(load_churches(study.data), stored.images, eval_transform(64, study.geometry))]
     return stored,torch.stack([i['image'] for i in items]),torch.stack([box_mask(i['boxes'], 64) for i in items])
 
 def test_scores_against_a_loop(done, pairs):
-    s = yardstick_scores(done, seeds=(4,))
+    s = baseline_scores(open_study(done), seeds=(4,))
     assert len(s)==2*12*12 and not s.duplicated(['model','map','image']).any() and s[['model','map']].drop_duplicates()['map'].tolist()[:12]==['model','inner model','uniform','center','prior','inner prior','edges','saliency','boxes','random','other image','untrained']
     stored,images,masks = read(done, 'tiny-clip')
     own,groups = stored.maps[:,-1].mean(1),[pairs(n) for n in stored.images]
@@ -221,33 +220,41 @@ def test_scores_against_a_loop(done, pairs):
     close(prior_maps(masks, 8, groups), prior, 1e-6)
     inner = torch.zeros_like(prior); inner[:,1:7,1:7] = prior[:,1:7,1:7]
     close(value('prior'), iou(prior.float()), 1e-6); close(value('inner prior'), iou(inner.float()), 1e-6)
-    close(value('untrained'), iou(fuse_heads(pooled_maps(randomly_initialized(load_backbone('tiny-clip', size=64), 4), images)[:,-1].half().float())), 1e-6)
+    close(value('untrained'), iou(fuse_heads(pooled_maps(random_twin(load_backbone('tiny-clip', size=64), 4), images)[:,-1].half().float())), 1e-6)
     close(mine.chance.loc['model'], mine.chance.loc['boxes'])
 
 def test_nobody_gets_the_map_of_its_own_church(done, pairs, monkeypatch):
     stored,seen = load_maps(done/'tiny-clip-frozen'),[]
     own,groups = stored.maps[:,-1].mean(1),[pairs(n) for n in stored.images]
-    real = yardsticks._score
-    monkeypatch.setattr(yardsticks, '_score', lambda case, maps, metric: seen.append(maps) or real(case, maps, metric))
-    yardstick_scores(done, seeds=tuple(range(5)))
-    given = [m for k,m in seen[0].items() if k[0]=='other image']
+    monkeypatch.setattr(blind_baselines, 'score_like', lambda photographs, maps, metric: seen.append(maps) or score_like(photographs, maps, metric))
+    baseline_scores(open_study(done), seeds=tuple(range(5)), untrained=False)
+    given = [maps['other image'] for maps in seen if 'other image' in maps][:5] # of the first model
     orders = [[next(j for j,o in enumerate(own) if torch.equal(o, row)) for row in m] for m in given]
     assert len(orders)==5 and len(set(map(tuple, orders)))>1 and all(sorted(p)==[*range(12)] for p in orders)
     assert all(groups[i]!=groups[j] for p in orders for i,j in enumerate(p))
 
 def test_seeds_are_averaged(done):
-    both,each = yardstick_scores(done, 'auroc', seeds=(0,1)),[yardstick_scores(done, 'auroc', seeds=(s,)) for s in (0,1)]
+    both,each = baseline_scores(open_study(done), 'auroc', seeds=(0,1)),[baseline_scores(open_study(done), 'auroc', seeds=(s,)) for s in (0,1)]
     close(both.value, (each[0].value+each[1].value)/2); assert (each[0].value!=each[1].value).groupby(both['map']).any()[['random','other image','untrained']].all()
     fixed = ~both['map'].isin(['random','other image','untrained']); assert (each[0].value==each[1].value)[fixed].all()
 
 def test_a_run_of_the_twin_is_the_twin(done):
-    cases = yardsticks._cases(done)
-    found = yardsticks._untrained(cases['tiny-clip'], load_backbone('tiny-clip', size=64), zlib.crc32(b'tiny-clip-random'), -1, 'cpu')
-    assert torch.equal(found, cases['tiny-clip-random'].stored.maps[:,-1].mean(1))
+    opened = open_study(done)
+    found = blind_baselines._untrained(opened.photographs('tiny-clip'), load_backbone('tiny-clip', size=64), zlib.crc32(b'tiny-clip-random'), -1, 'cpu')
+    assert torch.equal(found, opened.mean_maps('tiny-clip-random-frozen'))
+
+@pytest.mark.parametrize('q', (50,75,90,95))
+def test_the_short_way_finds_the_pixels_of_the_long_one(q):
+    "Also where many pixels are equal, where an attention of zero is kept, and where -0 meets 0."
+    maps = torch.rand(6, 8, 8, generator=torch.Generator().manual_seed(q))
+    maps[1] = maps[1].round(decimals=1); maps[2] = 1/64; maps[3] = 0; maps[3,2,2] = 1; maps[4,:4] = -0.
+    up,k = upsample(maps, 64),n_kept(64*64, q)
+    want = torch.zeros(6, 64*64, dtype=torch.bool).scatter(1, rank_pixels(up).order[:,:k], True)
+    assert torch.equal(top_pixels(maps, 64, q).flatten(1), want)
 
 @pytest.mark.parametrize('metric', ['coverage','nss','emd','information_gain'])
 def test_models_score_what_their_runs_stored(done, metric):
-    s = yardstick_scores(done, metric)
+    s = baseline_scores(open_study(done), metric)
     if metric=='coverage':
         frozen = pd.read_parquet(done/'tiny-clip-frozen'/'metrics.parquet').query("metric=='coverage' and block==3 and head=='mean'").set_index('image').value
         mine = s[(s.model=='tiny-clip')&(s['map']=='model')].set_index('image').value
@@ -256,28 +263,28 @@ def test_models_score_what_their_runs_stored(done, metric):
 
 @pytest.mark.parametrize('of', ['model','inner model'])
 def test_table_against_pandas_and_scipy(done, pairs, of):
-    s = yardstick_scores(done); t = compare_yardsticks(s, of=of).set_index(['model','baseline'])
+    s = baseline_scores(open_study(done)); t = compare_baselines(s, of=of).set_index(['model','baseline'])
     assert len(t)==2*11 and (t.n==s.church.nunique()).all()
     wide = s.pivot_table(index=['model','church'], columns='map', values='value', aggfunc='mean')
     for (model,b),r in t.iterrows():
         d = wide.loc[model]; gain = d[of]-d[b]
-        close([r.score,r.yardstick,r.difference], [d[of].mean(),d[b].mean(),gain.mean()])
+        close([r.score,r.baseline_score,r.difference], [d[of].mean(),d[b].mean(),gain.mean()])
         close([r.low,r.high], bca(gain))
         close(r.p, stats.ttest_rel(d[of], d[b]).pvalue)
     family = t.index.get_level_values('baseline').isin(FAMILY)
     close(t.p_holm[family], multipletests(t.p[family], method='holm')[1]); assert t.p_holm[~family].isna().all() and family.sum()==14
-    if of=='model': pd.testing.assert_frame_equal(yardstick_table(done, family=('prior',)).drop(columns='p_holm'), compare_yardsticks(s).drop(columns='p_holm'))
-    with pytest.raises(ValueError, match="no scores of 'priro'"): compare_yardsticks(s, ('priro',))
+    if of=='model': pd.testing.assert_frame_equal(baseline_table(open_study(done), family=('prior',)).drop(columns='p_holm'), compare_baselines(s).drop(columns='p_holm'))
+    with pytest.raises(ValueError, match="no scores of 'priro'"): compare_baselines(s, ('priro',))
 
 def test_identical_maps_are_noted():
     s = pd.DataFrame([dict(model='m', map=k, image=f'{c}{i}', church=c, value=v) for c,v in zip('abcd', (.1,.2,.4,.3)) for i in range(2) for k,v in dict(model=v, same=v, apart=v-.05, other=v**2).items()])
-    t = compare_yardsticks(s, ('same','apart','other')).set_index('baseline')
+    t = compare_baselines(s, ('same','apart','other')).set_index('baseline')
     assert t.note['same']==IDENTICAL_MAPS and t.note['apart'] not in ('',IDENTICAL_MAPS) and t.note['other']=='' and t.p[['same','apart']].isna().all() and t.p_holm['other']==t.p['other']
 
 def test_border_against_pandas_and_scipy(done, pairs):
-    s = border_scores(done, 'auroc'); t = border_table(s).set_index('model')
+    s = border_scores(open_study(done), 'auroc'); t = border_table(s).set_index('model')
     assert (t.tier=='lora').all() and (t.seeds==2).all() and len(s)==2*2*12
-    shifts = study_scores(done, 'auroc').query("tier=='lora'")
+    shifts = open_study(done).scores('auroc').query("tier=='lora'")
     close(s.merge(shifts, on=['model','seed','image']).eval('tuned-after'), 0, 1e-6)
     for model in t.index:
         stored,_,masks = read(done, model); inner = lambda m: torch.nn.functional.pad(m[:,1:-1,1:-1], (1,)*4)
@@ -294,13 +301,13 @@ def test_border_against_pandas_and_scipy(done, pairs):
 def test_a_grid_has_baselines_of_its_own(drawn, tmp_path):
     torch.manual_seed(11); save_file(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path/'w.safetensors')
     root = here(Study('grids', data=str(drawn), models=('tiny-clip',f"coarse=timm/vit_tiny_patch16_224@{tmp_path/'w.safetensors'}"), tiers=(), size=64), tmp_path/'runs')
-    s = yardstick_scores(root).groupby(['model','map'], sort=False).value.mean().unstack('map')
+    s = baseline_scores(open_study(root)).groupby(['model','map'], sort=False).value.mean().unstack('map')
     assert s.boxes['coarse']<s.boxes['tiny-clip'] and s.edges['coarse']!=s.edges['tiny-clip']
     _,images,masks = read(root, 'tiny-clip')
     close(s.edges['coarse'], one_by_one(edge_maps(images, 4), masks, iou_at_percentile).mean(), 1e-6)
 
 @pytest.mark.parametrize('call,error,match', [
-    (lambda d: yardstick_scores(d, 'iuo@90'), ValueError, 'no metric'), (lambda d: yardstick_scores(d, seeds=()), ValueError, 'at least one'), (lambda d: yardstick_scores(d/'tiny-clip-frozen'), FileNotFoundError, 'no folder of a study'),
-    (lambda d: border_scores(d, ring=4), ValueError, 'leaves some')])
+    (lambda d: baseline_scores(open_study(d), 'iuo@90'), ValueError, 'no metric'), (lambda d: baseline_scores(open_study(d), seeds=()), ValueError, 'at least one'), (lambda d: baseline_scores(open_study(d/'tiny-clip-frozen')), FileNotFoundError, 'no folder of a study'),
+    (lambda d: border_scores(open_study(d), ring=4), ValueError, 'leaves some')])
 def test_refusals(done, call, error, match):
     with pytest.raises(error, match=match): call(done)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune import controls
-from ssl_wikichurches.finetune.controls import LIGHT, other_task, random_labels, randomly_initialized, read_countries
+from ssl_wikichurches.finetune.controls import LIGHT, other_task, random_labels, random_twin, read_countries
 from ssl_wikichurches.data.churches import church_id, read_churches
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.finetune.tiers import CONTROLS, tier_method
@@ -17,8 +17,10 @@ from ssl_wikichurches.finetune.training import TrainData, make_recipe
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.study.report import save_results, write_report
-from ssl_wikichurches.study.results import complete_runs, load_run, rescore, study_scores, study_table
-from ssl_wikichurches.study.specificity import beyond_controls, control_contrasts, control_scores, control_table, readable_result
+from ssl_wikichurches.study.analysis import analyse
+from ssl_wikichurches.study.reader import load_run, open_study, rescore
+from ssl_wikichurches.study.specificity import beyond_controls, control_contrasts, control_table, readable_result
+from ssl_wikichurches.study.tables import study_table
 from ssl_wikichurches.data.splits import load_split, make_split
 from timm_models import timm_model
 
@@ -107,8 +109,9 @@ def test_weights_of_fewer_classes(small):
     asked = other_task(small)
     y = asked.labels[list(small.split.train)].to_numpy()
     w = asked.weight(FullRecipe()).double().numpy()
-    np.testing.assert_allclose(w*np.bincount(y), len(y)/3, rtol=1e-6)
-    assert len(w)==3 and w[y].mean()==pytest.approx(1, rel=1e-6) and (asked.weight(FullRecipe(class_weights='none'))==1).all()
+    counts = np.bincount(y, minlength=4)
+    np.testing.assert_allclose(w[:3]*counts[:3], len(y)/3, rtol=1e-6)
+    assert w[3]==1 and w[y].mean()==pytest.approx(1, rel=1e-6) and (asked.weight(FullRecipe(class_weights='none'))==1).all()
 
 def test_a_control_changes_one_thing(small):
     clip = load_backbone('tiny-clip', size=64)
@@ -142,36 +145,36 @@ def test_trains_as_what_it_controls(done, drawn):
 
 def test_an_untrained_network_has_its_own_start(done, drawn):
     data = TrainData(load_churches(str(drawn)), load_split(done/'split.json'), 64)
-    want,_ = evaluate_maps(randomly_initialized(load_backbone('tiny-clip', size=64), 1), data)
+    want,_ = evaluate_maps(random_twin(load_backbone('tiny-clip', size=64), 1), data)
     assert torch.equal(load_maps(done/'tiny-clip-random_init-seed1'/'start.safetensors').maps, want.maps)
-    scores = control_scores(done)
+    scores = open_study(done).scores(kind='control')
     level = scores.groupby(['tier','seed']).before.mean().unstack()
-    frozen = study_scores(done).before.mean()
+    frozen = open_study(done).scores().before.mean()
     assert level.loc['random_init'].nunique()==2 and np.allclose(level.drop('random_init'), frozen) and not np.isclose(level.loc['random_init'], frozen).any()
 
 def test_classes_of_a_control_are_named(done):
     said = pd.read_csv(done/'tiny-clip-other_task-seed0'/'predictions.csv')
     lands = json.loads((done/'tiny-clip-other_task-seed0'/'run.json').read_text())['classes']
-    assert [c for c in said if c.startswith('p_')]==[f'p_{l.lower()}' for l in lands] and said.label.max()<len(lands)
+    assert [c for c in said if c.startswith('p_')]==[*(f'p_{l.lower()}' for l in lands),'p_none'] and said.label.max()<len(lands)
     history = pd.read_csv(done/'tiny-clip-other_task-seed0'/'history.csv')
     assert {c for c in history if c.startswith('val_recall_')}<={f'val_recall_{l.lower()}' for l in lands}
     assert 'p_romanesque' in pd.read_csv(done/'tiny-clip-random_labels-seed0'/'predictions.csv')
 
 def test_controls_are_in_no_other_table(root):
-    with_controls = study_table(root)
+    with_controls = study_table(open_study(root))
     assert [*with_controls.tier]==['full','block_expansion']
     study = json.loads((root/'study.json').read_text())
     (root/'study.json').write_text(json.dumps(study|dict(tiers=['full','block_expansion'])))
-    pd.testing.assert_frame_equal(study_table(root), with_controls)
-    assert control_table(root).empty and control_contrasts(root).empty and control_scores(root).empty
-    assert {*beyond_controls(root).task_driven}<={'no controls',''}
-    assert not (save_results(root, root/'small')/'controls.csv').exists()
+    pd.testing.assert_frame_equal(study_table(open_study(root)), with_controls)
+    assert control_table(open_study(root)).empty and control_contrasts(open_study(root)).empty and open_study(root).scores(kind='control').empty
+    assert {*beyond_controls(open_study(root)).task_driven}<={'no controls',''}
+    assert not (save_results(analyse(open_study(root)), root/'small')/'controls.csv').exists()
 
 def test_a_study_of_probes_alone(drawn, tmp_path):
     study = Study('probes', data=str(drawn), models=('tiny-clip',), tiers=('linear',), size=64, val=.3, recipes=dict(linear=dict(epochs=1)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
-    assert beyond_controls(root).empty and control_contrasts(root).empty
-    assert [*readable_result(study_table(root), beyond_controls(root)).task_driven]==['']
+    assert beyond_controls(open_study(root)).empty and control_contrasts(open_study(root)).empty
+    assert [*readable_result(study_table(open_study(root)), beyond_controls(open_study(root))).task_driven]==['']
 
 def planted(root, tier, by):
     "Raise the score of a tier's runs, by a little more for one church than for the next."
@@ -179,46 +182,47 @@ def planted(root, tier, by):
         d = pd.read_parquet(folder/'metrics.parquet')
         order = {n:i for i,n in enumerate(sorted(d.image.unique()))}
         d['value'] = d.value+by*(1+.1*d.image.map(order)/len(order))
-        d.to_parquet(folder/'metrics.parquet', index=False)
+        d.to_parquet(folder/'metrics.parquet', index=False); (folder/'means.parquet').unlink(missing_ok=True) # which says the same
 
 def test_the_verdict_on_planted_shifts(root):
     planted(root, 'full', .3)
-    row = lambda: beyond_controls(root).set_index('tier').loc['full']
+    row = lambda: beyond_controls(open_study(root)).set_index('tier').loc['full']
     assert row().task_driven=='yes' and row().beyond=='random_labels, other_task, random_init' and row().missing=='' and row().p_controls<.001
-    assert 'yes' in [*readable_result(study_table(root), beyond_controls(root)).task_driven]
+    assert 'yes' in [*readable_result(study_table(open_study(root)), beyond_controls(open_study(root))).task_driven]
     planted(root, 'other_task', .3)
     assert (row().task_driven, row().beyond, row().not_beyond)==('no','random_labels, random_init','other_task')
     planted(root, 'full', -.6)
     assert row().task_driven=='' and np.isnan(row().p_controls)
 
 def test_contrasts_against_pandas(done):
-    both = pd.concat([study_scores(done), control_scores(done)])
+    both = pd.concat([open_study(done).scores(), open_study(done).scores(kind='control')])
     shift = both.assign(d=both.after-both.before).groupby(['tier','church','image']).d.mean().groupby(['tier','church']).mean().unstack(0)
-    found = control_contrasts(done)
+    found = control_contrasts(open_study(done))
     for r in found.itertuples():
         d = shift[r.tier]-shift[r.minus]
         assert r.difference==pytest.approx(d.mean(), abs=1e-12) and r.t==pytest.approx(d.mean()/d.sem(), rel=1e-9) and r.n==len(d)
     assert [*found[found.tier=='block_expansion'].minus]==['random_labels-block_expansion','other_task','random_init']
 
 def test_rescored_with_their_start(root):
-    before = control_scores(root)
+    before = open_study(root).scores(kind='control')
     for name in ('start.parquet','metrics.parquet'):
         f = root/'tiny-clip-random_init-seed0'/name
         d = pd.read_parquet(f); d['value'] = 0.; d.to_parquet(f, index=False)
-    assert not control_scores(root).equals(before)
-    assert 'tiny-clip-random_init-seed0' in rescore(root, progress=False) and control_scores(root).equals(before)
+        for means in f.parent.glob('*means.parquet'): means.unlink()
+    assert not open_study(root).scores(kind='control').equals(before)
+    assert 'tiny-clip-random_init-seed0' in rescore(open_study(root), progress=False) and open_study(root).scores(kind='control').equals(before)
 
 def test_report_and_result_files(root):
-    html = write_report(root).read_text()
+    html = write_report(analyse(open_study(root))).read_text()
     assert 'Is it the task?' in html and 'random_labels-block_expansion' in html and 'task_driven' in html
-    saved = save_results(root, root/'small')
+    saved = save_results(analyse(open_study(root)), root/'small')
     assert len(pd.read_csv(saved/'controls.csv'))==4 and [*pd.read_csv(saved/'beyond.csv').tier]==['full','block_expansion']
-    table = control_table(root).set_index('tier')
+    table = control_table(open_study(root)).set_index('tier')
     assert table.loc['random_labels-block_expansion','of']=='block_expansion' and table.loc['other_task','classes'].count(' Land')==3
 
 def test_kinds_of_runs(done):
-    assert len(complete_runs(done, 'all'))==1+2*len(TIERS) and len(complete_runs(done))==1+2*2 and len(complete_runs(done, 'control'))==2*4
-    with pytest.raises(ValueError, match='expected one of'): complete_runs(done, 'controls')
+    assert len(open_study(done).of_kind('all'))==1+2*len(TIERS) and len(open_study(done).of_kind())==1+2*2 and len(open_study(done).of_kind('control'))==2*4
+    with pytest.raises(ValueError, match='expected one of'): open_study(done).of_kind('controls')
 
 @pytest.mark.parametrize('control', list(CONTROLS))
 def test_timm(control, small):

@@ -9,15 +9,17 @@ from matplotlib import pyplot as plt
 from scipy import stats
 from torch.nn import functional as F
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, eval_transform, read_churches
-from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, block_table, church_cells, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
+from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, block_table, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
                                      part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs)
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.stats.seeds import moderation
 from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot
+from ssl_wikichurches.study.analysis import analyse
+from ssl_wikichurches.study.reader import open_study
 from ssl_wikichurches.study.report import write_report
-from ssl_wikichurches.study.results import study_scores, study_table
+from ssl_wikichurches.study.tables import study_table
 
 @pytest.fixture(scope='module')
 def done(drawn, tmp_path_factory):
@@ -45,7 +47,7 @@ def boxed(drawn, names, size=64):
 # ---- styles
 
 def test_style_and_area_of_every_image(done, drawn):
-    s = styled_scores(done)
+    s = styled_scores(open_study(done))
     assert set(s.tier)=={'lora'} and set(s.unit)=={'iou@90'}
     names = [*s.image.unique()]
     churches,found = boxed(drawn, names)
@@ -126,7 +128,7 @@ def recall_of(stored, i, mask, size=64):
 
 @pytest.mark.parametrize('level', ['kind','part'])
 def test_part_scores_pixel_by_pixel(done, drawn, level):
-    recall,lift = (part_scores(done, of, level).set_index(['model','seed','image','part']) for of in ('recall','lift'))
+    recall,lift = (part_scores(open_study(done), of, level).set_index(['model','seed','image','part']) for of in ('recall','lift'))
     assert recall.index.is_unique and recall.index.equals(lift.index) and set(recall.tier)=={'lora'}
     seen = 0
     for model in ('tiny-clip','tiny-siglip'):
@@ -149,7 +151,7 @@ def test_part_scores_pixel_by_pixel(done, drawn, level):
 def test_an_even_map_has_lift_one_and_the_recall_of_the_first_rows(root, drawn):
     stored = load_maps(root/'tiny-clip-frozen')
     save_maps(root/'tiny-clip-frozen'/'maps.safetensors', replace(stored, maps=torch.full_like(stored.maps, 1/64)))
-    lift,recall = (part_scores(root, of, 'part').query("model=='tiny-clip'") for of in ('lift','recall'))
+    lift,recall = (part_scores(open_study(root), of, 'part').query("model=='tiny-clip'") for of in ('lift','recall'))
     assert np.allclose(lift.before, 1, atol=1e-6)
     _,found = boxed(drawn, stored.images)
     first = (np.arange(64*64)<round(.1*64*64)).reshape(64,64) # ties go to the earlier pixel
@@ -158,22 +160,22 @@ def test_an_even_map_has_lift_one_and_the_recall_of_the_first_rows(root, drawn):
         assert abs(r.before-(union&first).sum()/union.sum())<1e-12
 
 def test_parts_turn_with_before_and_after(root):
-    s = part_scores(root)
+    s = part_scores(open_study(root))
     for f in ('tiny-clip-frozen','tiny-clip-lora-seed0'): (root/f/'maps.safetensors').rename(root/f/'was.safetensors')
     for a,b in (('tiny-clip-frozen','tiny-clip-lora-seed0'), ('tiny-clip-lora-seed0','tiny-clip-frozen')): shutil.copy(root/a/'was.safetensors', root/b/'maps.safetensors')
     pick = lambda d: d.query("model=='tiny-clip' and seed==0").reset_index(drop=True)
-    pd.testing.assert_frame_equal(pick(part_scores(root)).rename(columns=dict(before='after', after='before'))[s.columns], pick(s))
+    pd.testing.assert_frame_equal(pick(part_scores(open_study(root))).rename(columns=dict(before='after', after='before'))[s.columns], pick(s))
 
 def test_maps_in_another_order_are_refused(root):
     path = root/'tiny-clip-lora-seed1'
     m = load_maps(path)
     save_maps(path/'maps.safetensors', replace(m, images=m.images[::-1], maps=m.maps.flip(0)))
-    with pytest.raises(ValueError, match='in another order'): part_scores(root)
+    with pytest.raises(ValueError, match='in another order'): part_scores(open_study(root))
     for bad in (dict(of='iou'), dict(level='box')):
-        with pytest.raises(ValueError, match="'recall' or 'lift'"): part_scores(root, **bad)
+        with pytest.raises(ValueError, match="'recall' or 'lift'"): part_scores(open_study(root), **bad)
 
 def test_part_table_by_plain_pandas_and_scipy(done):
-    s = part_scores(done, level='part')
+    s = part_scores(open_study(done), level='part')
     t = part_table(s, least=3)
     counts = s.groupby('part').church.nunique()
     assert set(t.part)=={*counts[counts>=3].index} and set(counts[counts>=3].index)!={*counts.index}
@@ -194,7 +196,7 @@ def test_part_table_by_plain_pandas_and_scipy(done):
 
 def test_cells_are_the_scores_of_the_study(done):
     for model,shape in (('tiny-clip',(4,5)), ('tiny-siglip',(1,5))):
-        before,after = church_cells(done, model, 'lora')
+        before,after = open_study(done).church_cells(model, 'lora')
         assert before.shape==after.shape==(12, shape[0]*shape[1]) and before.columns.equals(after.columns)
         for block,head in before.columns:
             pick = lambda run: (d := table_of(done/run))[(d.block==block)&(d['head']==head)].set_index('image').value
@@ -206,7 +208,7 @@ def test_several_photographs_and_seeds_by_hand(root):
     for f,values in (('tiny-clip-frozen',[0,0,0]), ('tiny-clip-lora-seed0',[.1,.3,.5]), ('tiny-clip-lora-seed1',[.3,.5,.1])):
         rows = [dict(image=n, block=0, head=h, metric='iou@90', value=v, chance=0, ceiling=1) for h in ('0','10','2','mean') for n,v in zip(('Q1_wd0.jpg','Q1_wd1.jpg','Q2_wd0.jpg'), values)]
         pd.DataFrame(rows).to_parquet(root/f/'metrics.parquet', index=False)
-    before,after = church_cells(root, 'tiny-clip', 'lora')
+    before,after = open_study(root).church_cells('tiny-clip', 'lora')
     assert [h for _,h in after]==['0','2','10','mean'] and (before==0).all(axis=None)
     np.testing.assert_allclose(after.loc['Q1'], (.2+.4)/2); np.testing.assert_allclose(after.loc['Q2'], .3)
 
@@ -218,14 +220,14 @@ def all_signs(d):
     return (largest[:,None]>=seen-1e-9).mean(0)
 
 def test_blocks_by_every_pattern_of_signs(done):
-    t = block_table(done)
+    t = block_table(open_study(done))
     clip = t[t.model=='tiny-clip']
-    before,after = (d.xs('mean', axis=1, level='head') for d in church_cells(done, 'tiny-clip', 'lora'))
+    before,after = (d.xs('mean', axis=1, level='head') for d in open_study(done).church_cells('tiny-clip', 'lora'))
     d = (after-before).to_numpy()
     np.testing.assert_allclose(clip.t, stats.ttest_1samp(d, 0).statistic, rtol=1e-8); np.testing.assert_allclose(clip.p_max_t, all_signs(d), atol=1e-12)
     np.testing.assert_allclose(clip.before, before.mean()); np.testing.assert_allclose(clip.after-clip.before, clip['shift'], atol=1e-15)
     assert (clip.n==12).all() and (clip.seeds==2).all() and (clip.p_step_down<=clip.p_max_t).all()
-    last = study_table(done).query("tier=='lora'").set_index('model')['shift']
+    last = study_table(open_study(done)).query("tier=='lora'").set_index('model')['shift']
     for m,g in t.groupby('model'): assert abs(g['shift'].iloc[-1]-last[m])<1e-14
     assert t[t.model=='tiny-siglip'].reader.tolist()==['pooling head'] and (clip.reader=='class token').all()
 
@@ -243,16 +245,16 @@ def set_levels(root, run, levels, noise=0., seed=0):
 def test_relocation_is_seen_as_relocation(root):
     set_levels(root, 'tiny-clip-frozen', [[.1],[.3],[.1],[.1]])
     for k in (0,1): set_levels(root, f'tiny-clip-lora-seed{k}', [[.1],[.1],[.1],[.3]])
-    r = best_block_table(root).set_index('model').loc['tiny-clip']
+    r = best_block_table(open_study(root)).set_index('model').loc['tiny-clip']
     assert (r.frozen_block,r.tuned_block,r.blocks,r.n,r.divisions)==(1,3,4,12,100) and abs(r.last_to_last-.2)<1e-12 and abs(r.best_to_best)<1e-12
-    siglip = best_block_table(root).set_index('model').loc['tiny-siglip']
+    siglip = best_block_table(open_study(root)).set_index('model').loc['tiny-siglip']
     assert siglip.blocks==1 and 'nothing to choose' in siglip.note
 
 def test_heads_by_every_pattern_of_signs_and_by_rank(done):
-    g = head_grid(done, 'tiny-clip', 'lora')
-    before,after = (d.drop(columns='mean', level='head') for d in church_cells(done, 'tiny-clip', 'lora'))
+    g = head_grid(open_study(done), 'tiny-clip', 'lora')
+    before,after = (d.drop(columns='mean', level='head') for d in open_study(done).church_cells('tiny-clip', 'lora'))
     np.testing.assert_allclose(g.p_max_t, all_signs((after-before).to_numpy()), atol=1e-12)
-    r = head_table(pd.concat([g, head_grid(done, 'tiny-siglip', 'lora')])).set_index('model').loc['tiny-clip']
+    r = head_table(pd.concat([g, head_grid(open_study(done), 'tiny-siglip', 'lora')])).set_index('model').loc['tiny-clip']
     assert abs(r.rank_correlation-stats.spearmanr(before.mean(), after.mean()).statistic)<1e-12 and r.heads==16 and r.largest==g.estimate.max()
     assert r.up+r.down==(g.p_step_down<.05).sum()
 
@@ -260,48 +262,48 @@ def test_the_best_of_many_heads_is_luck(root):
     rng = np.random.default_rng(0)
     set_levels(root, 'tiny-clip-frozen', np.full((12,12), .1), .05, 1)
     for k in (0,1): set_levels(root, f'tiny-clip-lora-seed{k}', np.full((12,12), .1), .05, 2+k)
-    b = best_heads(root).query("model=='tiny-clip'").set_index('of')
+    b = best_heads(open_study(root)).query("model=='tiny-clip'").set_index('of')
     assert b.chosen['shift']>.03 and abs(b.other['shift'])<.015 and b.naive['shift']>.02 and (b.heads==144).all() # nothing but noise
-    before,after = church_cells(root, 'tiny-clip', 'lora')
+    before,after = open_study(root).church_cells('tiny-clip', 'lora')
     m = (after-before).drop(columns='mean', level='head').mean()
     assert b.naive['shift']==m.max() and (b.block['shift'],b['head']['shift'])==m.idxmax()
-    assert not (head_grid(root, 'tiny-clip', 'lora').p_step_down<.01).any()
+    assert not (head_grid(open_study(root), 'tiny-clip', 'lora').p_step_down<.01).any()
 
 # ---- what is lacking
 
 def test_incomplete_studies(root):
     (root/'tiny-clip-lora-seed0'/'run.json').unlink()
-    assert tuned_pairs(root).set_index('model').seeds.to_dict()=={'tiny-clip':1, 'tiny-siglip':2}
-    assert set(style_table(styled_scores(root)).model)=={'tiny-clip','tiny-siglip'}
+    assert tuned_pairs(open_study(root)).set_index('model').seeds.to_dict()=={'tiny-clip':1, 'tiny-siglip':2}
+    assert set(style_table(styled_scores(open_study(root))).model)=={'tiny-clip','tiny-siglip'}
     (root/'tiny-clip-frozen'/'run.json').unlink()
-    for t in (part_table(part_scores(root)), block_table(root), best_block_table(root), best_heads(root), tuned_pairs(root)): assert set(t.model)=={'tiny-siglip'}
-    with pytest.raises(ValueError, match="no complete frozen run of 'tiny-clip'"): head_grid(root, 'tiny-clip', 'lora')
-    with pytest.raises(ValueError, match="none of tier 'full'"): head_grid(root, 'tiny-siglip', 'full')
-    html = write_report(root).read_text() # only a pooling head is left
+    for t in (part_table(part_scores(open_study(root))), block_table(open_study(root)), best_block_table(open_study(root)), best_heads(open_study(root)), tuned_pairs(open_study(root))): assert set(t.model)=={'tiny-siglip'}
+    with pytest.raises(ValueError, match="no complete frozen run of 'tiny-clip'"): head_grid(open_study(root), 'tiny-clip', 'lora')
+    with pytest.raises(ValueError, match="none of tier 'full'"): head_grid(open_study(root), 'tiny-siglip', 'full')
+    html = write_report(analyse(open_study(root))).read_text() # only a pooling head is left
     assert 'no depth to look into' in html and 'pooling head' in html and len(html)<3_000_000
 
 def test_linear_probes_have_nothing_to_divide(root):
     for k in (0,1):
         for m in ('tiny-clip','tiny-siglip'): (root/f'{m}-lora-seed{k}'/'run.json').unlink()
-    tables = style_table(styled_scores(root)), style_tests(styled_scores(root)), part_scores(root), part_table(part_scores(root)), block_table(root), best_block_table(root), best_heads(root), tuned_pairs(root)
+    tables = style_table(styled_scores(open_study(root))), style_tests(styled_scores(open_study(root))), part_scores(open_study(root)), part_table(part_scores(open_study(root))), block_table(open_study(root)), best_block_table(open_study(root)), best_heads(open_study(root)), tuned_pairs(open_study(root))
     assert all(t.empty and len(t.columns)>3 for t in tables)
-    html = write_report(root).read_text()
+    html = write_report(analyse(open_study(root))).read_text()
     assert html.count('nothing to divide')==5 and html.count('<img')==2 and all(f'<h2>{s}</h2>' in html for s in ('By style','By part','By block','Heads','From frozen to tuned'))
 
 def test_other_metrics_and_unknown_ones(done):
-    assert set(block_table(done, 'auroc').unit)=={'auroc'} and set(styled_scores(done, 'coverage').unit)=={'coverage'}
+    assert set(block_table(open_study(done), 'auroc').unit)=={'auroc'} and set(styled_scores(open_study(done), 'coverage').unit)=={'coverage'}
     for f in (block_table, best_block_table, best_heads, styled_scores):
         with pytest.raises(ValueError, match="metric 'iuo'"): f(done, 'iuo')
 
 def test_report_shows_the_detail(done, tmp_path):
-    html = write_report(done, tmp_path/'r.html').read_text()
+    html = write_report(analyse(open_study(done)), tmp_path/'r.html').read_text()
     for word in ('p_step_down','p_bh','frozen_block','rank_correlation','mixed model, Wald','at least 5 churches','pooling head'): assert word in html, word
     assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<details>')==4 and len(html)<3_000_000
     assert '>NaN<' not in html.split('<h2>By style')[1].split('<h2>Accuracy')[0]
 
 def test_a_study_whose_churches_have_few_parts_says_so(root, monkeypatch):
-    monkeypatch.setattr('ssl_wikichurches.study.report.LEAST', 13)
-    html = write_report(root).read_text()
+    for module in ('analysis','report'): monkeypatch.setattr(f'ssl_wikichurches.study.{module}.LEAST', 13)
+    html = write_report(analyse(open_study(root))).read_text()
     assert 'No kind of building part is boxed in at least 13 churches.' in html and html.count('nothing to divide')==0
 
 # ---- photographs
@@ -316,14 +318,14 @@ def test_extremes_are_the_ends_of_the_order(shifts, k):
     if len(shifts)>2*k: assert sorted(found)==sorted(sorted(shifts)[:k]+sorted(shifts)[-k:])
 
 def test_gallery(done):
-    found = examples(done, 'tiny-clip', 'lora', k=2)
-    s = study_scores(done).query("model=='tiny-clip' and tier=='lora' and seed==0").set_index('image')
+    found = examples(open_study(done), 'tiny-clip', 'lora', k=2)
+    s = open_study(done).scores().query("model=='tiny-clip' and tier=='lora' and seed==0").set_index('image')
     for e in found:
         assert (e.before,e.after)==(s.before[e.image],s.after[e.image])
         for m,f in zip(e.maps, ('tiny-clip-frozen','tiny-clip-lora-seed0')):
             stored = load_maps(done/f)
             assert torch.equal(m, stored.maps[stored.images.index(e.image),-1].mean(0))
-    fig = gallery(done, 'tiny-clip', 'lora', k=2)
+    fig = gallery(open_study(done), 'tiny-clip', 'lora', k=2)
     assert len(fig.axes)==16 and 'chosen by the outcome' in fig.get_suptitle()
     with pytest.raises(ValueError, match='at least one'): extreme_images(s.reset_index(), 0)
 

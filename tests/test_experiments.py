@@ -11,13 +11,15 @@ from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches.finetune import full as full_module
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.study.plan import DEMO, Run, RunsFailed, Study, load_study, one_line, study_runs
+from ssl_wikichurches.study.plan import DEMO, Run, RunsFailed, Study, load_study, study_runs
 from ssl_wikichurches.study.runs import execute, evaluate_maps, run_study
 from ssl_wikichurches.finetune.training import StyleModel, predict
 from ssl_wikichurches.study.detail import example_images, examples
 from ssl_wikichurches.study.report import load_examples, save_results, write_report
 from ssl_wikichurches.attention.maps import load_maps
-from ssl_wikichurches.study.results import complete_runs, load_run, missing_runs, read_study, robustness_table, study_scores, study_table
+from ssl_wikichurches.study.analysis import analyse
+from ssl_wikichurches.study.reader import load_run, open_study
+from ssl_wikichurches.study.tables import robustness_table, study_table
 
 BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
 
@@ -38,7 +40,7 @@ def root(done, tmp_path): return Path(shutil.copytree(done, tmp_path/done.name))
 # ---- what a study leaves behind
 
 def test_files_of_a_run(done):
-    assert {p.name for p in done.iterdir() if p.is_dir()}=={r.name for r in study_runs(read_study(done), '')}
+    assert {p.name for p in done.iterdir() if p.is_dir()}=={r.name for r in study_runs(open_study(done).study, '')}
     common = {'recipe.json','maps.safetensors','metrics.parquet','means.parquet','features.safetensors','run.json'}
     for p in done.glob('*/'):
         assert {f.name for f in p.iterdir()}-{'best.safetensors'}==common|(set() if p.name.endswith('frozen') else {'history.csv','model.safetensors','predictions.csv'})
@@ -49,18 +51,18 @@ def test_files_of_a_run(done):
     assert table.groupby(['block','head','metric']).image.nunique().eq(12).all() and table.block.nunique()==4
 
 def test_table_of_a_study(done):
-    t = study_table(done)
+    t = study_table(open_study(done))
     assert list(zip(t.model, t.tier))==[(m,k) for m in ('tiny-clip','tiny-siglip') for k in ('linear','lora','full')]
     linear = t.tier=='linear'
     assert (t.note[linear]=='identical by construction').all() and (t['shift'][linear]==0).all() and t.p[linear].isna().all()
     assert (t['shift'][~linear]!=0).all() and t.p_holm[~linear].notna().all() and (t.n==12).all() and t.accuracy.between(0,1).all()
-    for metric,block,head in (('auroc',0,'mean'), ('coverage',-1,'3')): assert len(study_table(done, metric, block, head))==6
-    with pytest.raises(ValueError, match="metric 'iuo'"): study_table(done, 'iuo')
+    for metric,block,head in (('auroc',0,'mean'), ('coverage',-1,'3')): assert len(study_table(open_study(done), metric, block, head))==6
+    with pytest.raises(ValueError, match="metric 'iuo'"): study_table(open_study(done), 'iuo')
 
 def test_other_metrics_gain_towards_what_is_better(done):
-    t = robustness_table(done, ('auroc','kl')).set_index(['model','tier','metric'])
+    t = robustness_table(open_study(done), ('auroc','kl')).set_index(['model','tier','metric'])
     for metric,sign in dict(auroc=1, kl=-1).items():
-        d = study_table(done, metric).query("tier!='linear'").set_index(['model','tier']).d_z
+        d = study_table(open_study(done), metric).query("tier!='linear'").set_index(['model','tier']).d_z
         for k,v in d.items(): assert t.gain[(*k,metric)]==pytest.approx(sign*v)
 
 @pytest.mark.parametrize('tier', ['frozen','linear','lora','full'])
@@ -84,7 +86,7 @@ def test_metrics_can_be_computed_again_from_the_maps(done):
     from ssl_wikichurches.attention.scores import score_maps
     stored = load_maps(done/'tiny-clip-full-seed0')
     names,maps = stored.images,stored.maps
-    items = ChurchDataset(load_churches(read_study(done).data), names, eval_transform(64))
+    items = ChurchDataset(load_churches(open_study(done).study.data), names, eval_transform(64))
     again = score_maps(maps, [i['boxes'] for i in items], names, 64, [church_id(n) for n in names]).sort_values('metric', kind='stable', ignore_index=True)
     pd.testing.assert_frame_equal(again, pd.read_parquet(done/'tiny-clip-full-seed0'/'metrics.parquet'), check_dtype=False, check_exact=True)
 
@@ -110,16 +112,16 @@ def test_images_and_their_churches_stand_in_the_folder_of_the_study(done):
 # ---- interrupted and started again
 
 def test_only_what_is_missing_runs(root, monkeypatch):
-    before,started = study_table(root), []
+    before,started = study_table(open_study(root)), []
     monkeypatch.setattr(runs_module, 'execute', lambda run, *a: started.append(run.name) or execute(run, *a))
-    here(read_study(root), root.parent)
+    here(open_study(root).study, root.parent)
     assert started==[]
     for name in ('tiny-clip-lora-seed0','tiny-siglip-full-seed0'): (root/name/'run.json').unlink()
     shutil.rmtree(root/'tiny-siglip-full-seed0'); (root/'tiny-clip-lora-seed0'/'.maps.safetensors.99999').write_bytes(b'half a fi')
-    assert missing_runs(root)==['tiny-clip-lora-seed0','tiny-siglip-full-seed0']
-    here(read_study(root), root.parent)
+    assert [*open_study(root).missing]==['tiny-clip-lora-seed0','tiny-siglip-full-seed0']
+    here(open_study(root).study, root.parent)
     assert started==['tiny-clip-lora-seed0','tiny-siglip-full-seed0']
-    pd.testing.assert_frame_equal(study_table(root), before, check_exact=True)
+    pd.testing.assert_frame_equal(study_table(open_study(root)), before, check_exact=True)
     assert not list(root.glob('*/.*'))
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc, to see whether the workers have ended')
@@ -137,7 +139,7 @@ def test_kill_minus_nine_in_the_middle(drawn, tmp_path):
     wait_until(lambda: not any(map(alive, workers)))
     for runs in ('a','b'): assert subprocess.run([*command, str(tmp_path/runs)], capture_output=True).returncode==0
     assert all(p.stat().st_mtime_ns==t for p,t in finished.items())
-    pd.testing.assert_frame_equal(study_table(root), study_table(tmp_path/'b'/'killed'), check_exact=True)
+    pd.testing.assert_frame_equal(study_table(open_study(root)), study_table(open_study(tmp_path/'b'/'killed')), check_exact=True)
 
 def test_a_worker_that_dies_is_named_and_finished_runs_stay(drawn, tmp_path):
     study,full = brief(drawn, models=('tiny-clip',), tiers=('linear','full')),tmp_path/'brief'/'tiny-clip-full-seed0'
@@ -160,9 +162,9 @@ def test_a_worker_that_dies_is_named_and_finished_runs_stay(drawn, tmp_path):
 def test_one_failing_run_does_not_stop_the_others(drawn, tmp_path):
     study = brief(drawn, models=('tiny-clip','lost=some/folder that is not there'))
     with pytest.raises(RunsFailed, match='4 of 8 runs failed.*lost-frozen: ValueError.*lost-frozen/error.txt'): here(study, tmp_path)
-    assert missing_runs(tmp_path/'brief')==['lost-frozen','lost-linear-seed0','lost-lora-seed0','lost-full-seed0']
-    assert set(study_table(tmp_path/'brief').model)=={'tiny-clip'}
-    assert 'lost-lora-seed0' in write_report(tmp_path/'brief').read_text()
+    assert [*open_study(tmp_path/'brief').missing]==['lost-frozen','lost-linear-seed0','lost-lora-seed0','lost-full-seed0']
+    assert set(study_table(open_study(tmp_path/'brief')).model)=={'tiny-clip'}
+    assert 'lost-lora-seed0' in write_report(analyse(open_study(tmp_path/'brief'))).read_text()
 
 def test_a_failing_run_leaves_its_trace_until_it_succeeds(drawn, tmp_path, monkeypatch):
     "Traceback, warnings and messages in error.txt; nothing of an attempt that succeeds; a folder of another run is left alone."
@@ -191,14 +193,14 @@ def test_a_failing_run_leaves_its_trace_until_it_succeeds(drawn, tmp_path, monke
 
 def test_an_error_of_a_team_is_said_in_one_line():
     class Raised(Exception): pass
-    assert one_line(Raised('\n\n-- Process 1 terminated:\nTraceback (most recent call last):\n  File "x"\nOSError: no disk\n'))=='Raised: OSError: no disk'
-    assert one_line(RuntimeError(''))=='RuntimeError: ' and one_line(ValueError('a\nb'))=='ValueError: a'
+    assert runs_module._one_line(Raised('\n\n-- Process 1 terminated:\nTraceback (most recent call last):\n  File "x"\nOSError: no disk\n'))=='Raised: OSError: no disk'
+    assert runs_module._one_line(RuntimeError(''))=='RuntimeError: ' and runs_module._one_line(ValueError('a\nb'))=='ValueError: a'
 
 # ---- a folder of something else
 
 def test_another_recipe_is_refused_and_nothing_is_lost(root):
     before = {p:p.read_bytes() for p in root.rglob('*') if p.is_file()}
-    study = read_study(root)
+    study = open_study(root).study
     for other in (replace(study, recipes=BRIEF|dict(lora=dict(epochs=3))), replace(study, geometry='crop'), replace(study, size=96)):
         with pytest.raises(ValueError, match='another recipe'): here(other, root.parent)
     for other in (replace(study, split_seed=5), replace(study, val=.4)):
@@ -217,7 +219,7 @@ def test_a_probe_that_was_measured_otherwise_is_noticed(root):
     path = root/'tiny-clip-linear-seed0'/'metrics.parquet'
     d = pd.read_parquet(path)
     d.assign(value=d.value+1e-7).to_parquet(path)
-    with pytest.raises(ValueError, match='not measured alike'): study_table(root)
+    with pytest.raises(ValueError, match='not measured alike'): study_table(open_study(root))
 
 def test_a_checkpoint_of_another_model_is_refused(root):
     shutil.copy(root/'tiny-clip-full-seed0'/'model.safetensors', root/'tiny-siglip-full-seed0'/'model.safetensors')
@@ -226,10 +228,10 @@ def test_a_checkpoint_of_another_model_is_refused(root):
 
 def test_runs_that_the_study_does_not_name_are_left_out(root):
     shutil.copytree(root/'tiny-clip-lora-seed0', root/'tiny-clip-lora-seed7')
-    before = study_table(root)
-    assert len(complete_runs(root))==8 and (before.seeds==1).all()
-    (root/'study.json').write_text(json.dumps(asdict(replace(read_study(root), models=('tiny-clip',)))))
-    after = study_table(root)
+    before = study_table(open_study(root))
+    assert len(open_study(root).of_kind())==8 and (before.seeds==1).all()
+    (root/'study.json').write_text(json.dumps(asdict(replace(open_study(root).study, models=('tiny-clip',)))))
+    after = study_table(open_study(root))
     tested = after[after.tier!='linear']
     assert set(after.model)=={'tiny-clip'} and np.allclose(tested.p_holm, multipletests(tested.p, method='holm')[1]) # a family of two
 
@@ -248,15 +250,15 @@ def test_truncated_photographs(folder, tmp_path):
 def test_seeds_are_averaged_and_counted(drawn, tmp_path):
     study = brief(drawn, models=('tiny-clip',), tiers=('lora',), seeds=(0,3))
     root = here(study, tmp_path)
-    t,scores = study_table(root), study_scores(root)
+    t,scores = study_table(open_study(root)), open_study(root).scores()
     assert t.seeds.tolist()==[2] and t.n.tolist()==[12] and t['shift'].item()==pytest.approx((scores.after-scores.before).mean())
     assert not torch.equal(load_maps(root/'tiny-clip-lora-seed0').maps, load_maps(root/'tiny-clip-lora-seed3').maps)
     here(replace(study, seeds=(0,3,4)), tmp_path) # more seeds later
-    assert study_table(root).seeds.tolist()==[3]
+    assert study_table(open_study(root)).seeds.tolist()==[3]
 
 def test_default_executor_equals_one_process(done, drawn, tmp_path):
     root = run_study(brief(drawn, models=('tiny-siglip',)), tmp_path, workers=2, device='cpu', progress=False)
-    a,b = study_table(root), study_table(done).query("model=='tiny-siglip'").reset_index(drop=True)
+    a,b = study_table(open_study(root)), study_table(open_study(done)).query("model=='tiny-siglip'").reset_index(drop=True)
     linear = a.tier=='linear'
     assert (a['shift'][linear]==0).all()
     pd.testing.assert_frame_equal(a[['model','tier','before']], b[['model','tier','before']], check_exact=True) # measured alike
@@ -265,7 +267,7 @@ def test_default_executor_equals_one_process(done, drawn, tmp_path):
 @pytest.mark.parametrize('geometry', ['crop','letterbox'])
 def test_geometries(drawn, tmp_path, geometry):
     root = here(brief(drawn, models=('tiny-clip',), tiers=('linear',), geometry=geometry), tmp_path)
-    assert study_table(root)['shift'].item()==0 and geometry in write_report(root).read_text()
+    assert study_table(open_study(root))['shift'].item()==0 and geometry in write_report(analyse(open_study(root))).read_text()
 
 # ---- studies as data
 
@@ -295,23 +297,23 @@ def test_flags_change_the_file(tmp_path):
 # ---- reports and result files
 
 def test_report_stands_alone(done, tmp_path):
-    html = write_report(done, tmp_path/'r.html').read_text()
+    html = write_report(analyse(open_study(done)), tmp_path/'r.html').read_text()
     assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<img')==2+3+2 and 'identical by construction' in html
     for word in ('tiny-siglip','12 held-out images of 12 churches','Holm','backbone_lr','torch '): assert word in html
 
 def test_names_from_outside_cannot_break_the_page(folder, tmp_path):
     odd = tmp_path/'a<b>&c'
     shutil.move(folder, odd)
-    html = write_report(here(brief(odd, models=('tiny-clip',), tiers=('linear',)), tmp_path)).read_text()
+    html = write_report(analyse(open_study(here(brief(odd, models=('tiny-clip',), tiers=('linear',)), tmp_path)))).read_text()
     assert 'a&lt;b&gt;&amp;c' in html and 'a<b>' not in html
 
 def test_result_files(done, tmp_path):
-    folder = save_results(done, tmp_path/'small')
+    folder = save_results(analyse(open_study(done)), tmp_path/'small')
     saved = pd.read_csv(folder/'table.csv')
-    pd.testing.assert_frame_equal(saved[['model','tier','n','shift','p_holm']], study_table(done)[['model','tier','n','shift','p_holm']], rtol=1e-6)
+    pd.testing.assert_frame_equal(saved[['model','tier','n','shift','p_holm']], study_table(open_study(done))[['model','tier','n','shift','p_holm']], rtol=1e-6)
     about = json.loads((folder/'study.json').read_text())
     assert about['study']['name']=='brief' and about['versions'][0]['torch'] and about['missing']==[] and 0<about['chance']<about['ceiling']<=1
-    for a,b in zip(load_examples(folder, 'tiny-clip', 'full'), examples(done, 'tiny-clip', 'full')):
+    for a,b in zip(load_examples(folder, 'tiny-clip', 'full'), examples(open_study(done), 'tiny-clip', 'full')):
         assert a.image==b.image and a.before==b.before and torch.equal(a.maps, b.maps.half().float())
     assert (folder/'forest.png').read_bytes()[:4]==b'\x89PNG' and sum(p.stat().st_size for p in folder.iterdir())<200_000
 

@@ -9,14 +9,14 @@ from timm_models import timm_model
 from ssl_wikichurches.attention.capture import pooled_maps
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune.block_expansion import BlockExpansionRecipe, expand, fit_block_expansion
-from ssl_wikichurches.data.churches import church_id
+from ssl_wikichurches.data.churches import ChurchDataset, church_id, eval_transform
 from ssl_wikichurches.study.runs import evaluate_maps
 from ssl_wikichurches.finetune.training import StyleModel, classifier_state, load_classifier, new_classifier
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear
 from ssl_wikichurches.finetune.lora import LoraRecipe, add_adapters, restore_lora
-from ssl_wikichurches.finetune.interpolate import ALPHAS, _shift, image_iou, interpolate, lora_path, path_scores, straight_path
-from ssl_wikichurches.attention.scores import score_maps
+from ssl_wikichurches.attention.scores import image_iou, score_maps
+from ssl_wikichurches.study.paths import ALPHAS, church_shift, interpolate, lora_path, path_scores, straight_path
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 MODELS = ('tiny-dinov2','tiny-dinov3','tiny-mae','tiny-clip','tiny-siglip','tiny-supervised',*TIMM)
@@ -149,7 +149,7 @@ def test_scores_at_the_ends_are_those_of_a_study(data):
         stored,boxes = evaluate_maps(f.backbone, data)
         scores = score_maps(stored.maps, boxes, [*stored.images], 96, [church_id(n) for n in stored.images]).query("metric=='iou@90' and head=='mean' and block==3")
         iou[alpha] = scores.set_index('image').value
-        pd.testing.assert_series_equal(image_iou(f.backbone, data), iou[alpha], check_exact=True)
+        pd.testing.assert_series_equal(image_iou(f.backbone, ChurchDataset(data.churches, data.split.eval, eval_transform(data.size, data.geometry))), iou[alpha], check_exact=True)
         assert table.loc[alpha, ['accuracy','balanced_accuracy','macro_f1']].to_dict()==pytest.approx(f.scores(data.loader('val')))
         assert table.loc[alpha,'iou']==pytest.approx(iou[alpha].mean(), abs=1e-12) # a photograph for each church
     d = (iou[1.]-iou[0.]).to_numpy()
@@ -162,11 +162,11 @@ def test_churches_count_once(data):
     "Images of a church are averaged before churches are."
     names = ['Q1_wd0.jpg','Q1_wd1.jpg','Q2_wd0.jpg','Q3_wd0.jpg']
     before,after = pd.Series([.1,.3,.2,.4], names),pd.Series([.2,.6,.2,.3], names)
-    found = _shift(before, after)
+    found = church_shift(before, after, [church_id(n) for n in before.index])
     d = np.array([.2,0.,-.1])
     low,high = stats.t.interval(.95, 2, d.mean(), stats.sem(d))
     assert found==pytest.approx(dict(iou=np.mean([.4,.2,.3]), delta=d.mean(), low=low, high=high, churches=3))
-    with pytest.raises(ValueError, match='at least 2'): _shift(before[:2], after[:2])
+    with pytest.raises(ValueError, match='at least 2'): church_shift(before[:2], after[:2], ['Q1','Q1'])
 
 def test_percentile_part_and_refusals(data):
     start,end = two('tiny-siglip')

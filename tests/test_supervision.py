@@ -11,8 +11,10 @@ from ssl_wikichurches.study.plan import Study, study_runs, tier_recipe
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.stats.seeds import clustered_shift
 from ssl_wikichurches.study.report import save_results, write_report
-from ssl_wikichurches.study.results import complete_runs, cost_table, load_run, missing_runs, rescore, study_table
-from ssl_wikichurches.study.supervision import boxed_runs, supervised_scores, supervised_table, supervision_contrasts
+from ssl_wikichurches.study.analysis import analyse
+from ssl_wikichurches.study.reader import OpenStudy, load_run, open_study, rescore
+from ssl_wikichurches.study.supervision import supervised_runs, supervised_scores, supervised_table, supervision_contrasts
+from ssl_wikichurches.study.tables import cost_table, study_table
 
 RECIPES = {'full':dict(epochs=1, lr=1e-2, backbone_lr=1e-3), 'attn_supervised':dict(folds=3, ratio=.5), 'attn_supervised-prior':dict(boxes='prior')}
 
@@ -72,7 +74,7 @@ def test_a_study_has_a_run_for_each_fold(done):
     names = [r.name for r in study_runs(study, '')]
     assert names==['clip-frozen','clip-full-seed0',*(f'clip-{t}-seed0-fold{f}' for t in ('attn_supervised','attn_supervised-prior') for f in range(3))]
     assert tier_recipe(study, 'attn_supervised-prior').folds==3 and tier_recipe(study, 'attn_supervised-prior').backbone_lr==1e-3
-    assert not missing_runs(done)
+    assert not open_study(done).missing
 
 @pytest.mark.parametrize('change,why', [
     (dict(tiers=('attn_supervised',)), 'add full'), (dict(recipes={'attn_supervised':dict(epochs=3)}), 'differ in epochs'),
@@ -90,7 +92,7 @@ def test_variants_on_a_command_line():
 # ---- pooling
 
 def test_each_image_is_measured_by_the_model_that_did_not_see_its_boxes(done):
-    scores = supervised_scores(done)
+    scores = supervised_scores(open_study(done))
     rng = np.random.default_rng(0)
     for r in scores.iloc[rng.choice(len(scores), 12, replace=False)].itertuples():
         folders = [done/f'{r.model}-{r.tier}-seed{r.seed}-fold{f}' for f in range(3)]
@@ -103,8 +105,8 @@ def test_each_image_is_measured_by_the_model_that_did_not_see_its_boxes(done):
     assert (scores.groupby(['model','tier','seed','church']).fold.nunique()==1).all()
 
 def test_table_by_hand(done):
-    table = supervised_table(done).set_index(['model','tier'])
-    s = supervised_scores(done).query("model=='tiny-clip' and tier=='attn_supervised'")
+    table = supervised_table(open_study(done)).set_index(['model','tier'])
+    s = supervised_scores(open_study(done)).query("model=='tiny-clip' and tier=='attn_supervised'")
     g = s.groupby(['church','image'])[['before','after','in_fold','fold']].mean().groupby('church').mean()
     row = table.loc['tiny-clip','attn_supervised']
     fit = sm.OLS(g.after-g.before, np.ones(len(g))).fit(cov_type='cluster', cov_kwds=dict(groups=g.fold.astype(int)), use_t=True)
@@ -118,13 +120,13 @@ def test_table_by_hand(done):
             right.append(d[d.image.isin(facts(folder)['held_out'])].eval('label==predicted'))
     assert row.accuracy==pytest.approx(pd.concat(right).mean())
     full = table.loc['tiny-clip','full']
-    main = study_table(done).set_index(['model','tier']).loc['tiny-clip','full']
+    main = study_table(open_study(done)).set_index(['model','tier']).loc['tiny-clip','full']
     assert full['shift']==pytest.approx(main['shift']) and full.accuracy==pytest.approx(main.accuracy) and full.weight==0
     assert row.accuracy_change==pytest.approx(row.accuracy-full.accuracy) # one photograph for each church
     assert table.p_holm.notna().equals(table.boxes=='own')
 
 def test_contrasts_by_hand(done):
-    table,found = supervised_table(done).set_index(['model','tier']),supervision_contrasts(done).set_index(['model','tier','minus'])
+    table,found = supervised_table(open_study(done)).set_index(['model','tier']),supervision_contrasts(open_study(done)).set_index(['model','tier','minus'])
     for model in ('tiny-clip','tiny-siglip'):
         shift = table.loc[model]['shift']
         for minus in ('full','attn_supervised-prior'): assert found.loc[model,'attn_supervised',minus].difference==pytest.approx(shift['attn_supervised']-shift[minus])
@@ -133,50 +135,50 @@ def test_contrasts_by_hand(done):
     assert len(found)==6
 
 def test_other_blocks_and_heads(done):
-    a,b = supervised_scores(done, block=0).query("model=='tiny-clip'"),supervised_scores(done, head='1').query("model=='tiny-clip'")
+    a,b = supervised_scores(open_study(done), block=0).query("model=='tiny-clip'"),supervised_scores(open_study(done), head='1').query("model=='tiny-clip'")
     d = pd.read_parquet(done/f'tiny-clip-{a.tier.iloc[0]}-seed0-fold{a.fold.iloc[0]}/metrics.parquet').query("metric=='iou@90' and image==@a.image.iloc[0]")
     assert a.after.iloc[0]==d.query("block==0 and head=='mean'").value.item() and b.after.iloc[0]==d.query("block==3 and head=='1'").value.item()
 
 # ---- apart from all others
 
 def test_taught_runs_are_in_no_other_table(done):
-    assert {*complete_runs(done).tier}=={'frozen','full'} and {*complete_runs(done, 'boxed').tier}=={'attn_supervised','attn_supervised-prior'}
-    assert len(complete_runs(done, 'all'))==2+4+24
-    assert {*study_table(done).tier}=={'full'} and {*cost_table(done).tier}=={'full','attn_supervised','attn_supervised-prior'}
+    assert {*open_study(done).of_kind().tier}=={'frozen','full'} and {*open_study(done).of_kind('supervised').tier}=={'attn_supervised','attn_supervised-prior'}
+    assert len(open_study(done).of_kind('all'))==2+4+24
+    assert {*study_table(open_study(done)).tier}=={'full'} and {*cost_table(open_study(done)).tier}=={'full','attn_supervised','attn_supervised-prior'}
 
 def test_an_incomplete_set_of_folds_waits_and_a_wrong_one_is_refused(root):
     folder = root/'tiny-clip-attn_supervised-seed1-fold2'
     told = facts(folder)
     (folder/'run.json').unlink()
-    assert missing_runs(root)==[folder.name] and len(boxed_runs(root))==24-3
-    assert supervised_table(root).set_index(['model','tier']).seeds.loc['tiny-clip','attn_supervised']==1
+    assert [*open_study(root).missing]==[folder.name] and len(supervised_runs(open_study(root)))==24-3
+    assert supervised_table(open_study(root)).set_index(['model','tier']).seeds.loc['tiny-clip','attn_supervised']==1
     first = facts(root/'tiny-clip-attn_supervised-seed1-fold0')['held_out']
     (folder/'run.json').write_text(json.dumps(told|dict(held_out=first)))
-    with pytest.raises(ValueError, match='expected each once'): boxed_runs(root)
+    with pytest.raises(ValueError, match='expected each once'): supervised_runs(open_study(root))
     moved = told['held_out'][:-1]
     (folder/'run.json').write_text(json.dumps(told|dict(held_out=moved)))
-    with pytest.raises(ValueError, match='expected each once'): boxed_runs(root)
+    with pytest.raises(ValueError, match='expected each once'): supervised_runs(open_study(root))
 
 def test_without_full_there_is_no_comparison_yet(root):
     for f in root.glob('*-full-*'): (f/'run.json').unlink()
-    table,found = supervised_table(root),supervision_contrasts(root)
+    table,found = supervised_table(open_study(root)),supervision_contrasts(open_study(root))
     assert {*table.tier}=={'attn_supervised','attn_supervised-prior'} and table.accuracy_change.isna().all() and 'full' not in {*found.minus} and len(found)==4
 
 def test_a_leak_between_folders_is_refused(root, monkeypatch):
     "Two photographs whose church is said to be one, in different folds."
-    monkeypatch.setattr('ssl_wikichurches.study.supervision.church_id', lambda n: 'Q1')
-    with pytest.raises(ValueError, match='supervised and measured'): boxed_runs(root)
+    monkeypatch.setattr(OpenStudy, 'groups', lambda self, names: ['Q1' for n in names])
+    with pytest.raises(ValueError, match='supervised and measured'): supervised_runs(open_study(root))
 
 def test_report_and_result_files(root, tmp_path):
-    text = write_report(root).read_text()
+    text = write_report(analyse(open_study(root))).read_text()
     assert 'Attention pulled into boxes' in text and text.count('attn_supervised-prior')>=2
     assert 'attn_supervised' not in text.split('Attention pulled into boxes')[0].split('<h2>Shift</h2>')[1]
-    folder = save_results(root, tmp_path/'small')
-    assert pd.read_csv(folder/'supervised.csv').tier.tolist()==supervised_table(root).tier.tolist() and len(pd.read_csv(folder/'contrasts.csv'))==6
-    before = supervised_scores(root)
-    for f in root.glob('*/metrics.parquet'): f.unlink()
-    rescore(root, progress=False)
-    pd.testing.assert_frame_equal(supervised_scores(root), before)
+    folder = save_results(analyse(open_study(root)), tmp_path/'small')
+    assert pd.read_csv(folder/'supervised.csv').tier.tolist()==supervised_table(open_study(root)).tier.tolist() and len(pd.read_csv(folder/'contrasts.csv'))==6
+    before = supervised_scores(open_study(root))
+    for f in [*root.glob('*/metrics.parquet'), *root.glob('*/means.parquet')]: f.unlink()
+    rescore(open_study(root), progress=False)
+    pd.testing.assert_frame_equal(supervised_scores(open_study(root)), before)
 
 def test_a_taught_model_comes_back(done):
     backbone,classifier = load_run(done/'tiny-clip-attn_supervised-prior-seed0-fold1')
@@ -185,4 +187,4 @@ def test_a_taught_model_comes_back(done):
 def test_a_study_without_boxes_has_none(drawn, tmp_path):
     study = Study('plain', data=str(drawn), models=('tiny-clip',), tiers=('linear',), size=64, val=.3, recipes=dict(linear=dict(epochs=1)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
-    assert supervised_table(root).empty and supervision_contrasts(root).empty and supervised_scores(root).empty
+    assert supervised_table(open_study(root)).empty and supervision_contrasts(open_study(root)).empty and supervised_scores(open_study(root)).empty

@@ -6,7 +6,7 @@
 __all__ = ['RUN_KINDS', 'LEVELS', 'Cells', 'Photographs', 'OpenStudy', 'open_study', 'beside_frozen', 'load_run', 'rescore',
            'to_tensorboard']
 
-# %% ../../nbs/06c_reader.ipynb #27f1820e
+# %% ../../nbs/06c_reader.ipynb #e0026f40
 import json, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -426,7 +426,7 @@ def load_run(
     tier = tier_method(run.tier)
     return tier.restore(backbone, tier.recipe(**run.recipe), state), load_classifier(state)
 
-# %% ../../nbs/06c_reader.ipynb #516976d1
+# %% ../../nbs/06c_reader.ipynb #a01810c1
 def _same_images(opened, run, start=False):
     "All maps of a run, if they are of the images of its model's frozen run."
     if (stored := opened.maps(run.name, start)).images!=opened.photographs(run.model).names:
