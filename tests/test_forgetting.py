@@ -200,7 +200,7 @@ def made_up(seed, d=12, strength=1., n=15, m=80):
 
 def test_the_change_is_paired():
     a,b = made_up(0, strength=2.),made_up(1, strength=.6)
-    said = lambda s: np.concatenate([forgetting._neighbors_say(s.task[v], s.answers[v], s.task[~v], 7)==s.answers[~v] for v in (s.train,~s.train)])
+    said = lambda s: np.concatenate([forgetting.neighbor_labels(s.task[v], s.answers[v], s.task[~v], 7)==s.answers[~v] for v in (s.train,~s.train)])
     order = np.concatenate([np.flatnonzero(~v) for v in (a.train,~a.train)]); x,y,answers = said(a),said(b),a.answers[order]
     gained,lost = ([np.sum(p&~q&(answers==c)) for c in (0,1)] for p,q in ((y,x), (x,y)))
     found = forgetting_scores(a, b, k=7)
