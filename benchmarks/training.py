@@ -56,7 +56,7 @@ def linear_encoding_anew(backbone, data, recipe):
     "A probe whose backbone sees every photograph in every epoch."
     model = StyleModel(backbone.requires_grad_(False), new_classifier(backbone.dim))
     group = dict(params=list(model.classifier.parameters()), lr=recipe.lr)
-    train(model, [group], data.loaders(recipe, 0), data.weight(recipe), recipe, train_mode=model.eval)
+    train(model, [group], data.loaders(recipe, 0), recipe, train_mode=model.eval)
 
 WAYS = {'linear, cached': (fit_linear, LinearRecipe), 'linear, encoding anew': (linear_encoding_anew, LinearRecipe), 'lora': (fit_lora, LoraRecipe),
         'lora by Trainer': (lora_by_trainer, LoraRecipe), 'full': (fit_full, FullRecipe), 'full by Trainer': (full_by_trainer, FullRecipe),

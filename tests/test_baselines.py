@@ -11,7 +11,7 @@ from ssl_wikichurches.study import blind_baselines
 from ssl_wikichurches.attention.capture import fuse_heads, pooled_maps
 from ssl_wikichurches.backbones.encoders import TINY, Backbone, attention_projections, load_backbone, save_backbone
 from ssl_wikichurches.attention.baselines import baseline_maps, edge_maps, prior_maps, saliency_maps, suppress_border
-from ssl_wikichurches.finetune.controls import random_twin
+from ssl_wikichurches.finetune.controls import randomly_initialized
 from ssl_wikichurches.data.churches import ChurchDataset, box_mask, eval_transform
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.study.plan import Study
@@ -123,7 +123,7 @@ def test_bad_input(call, match):
 def check_twin(trained):
     "Nothing that differs from the library's start is in the twin, nor is a seed's draw in another's."
     before = torch.random.get_rng_state()
-    one,again,two = random_twin(trained, 0),random_twin(trained, 0),random_twin(trained, 1)
+    one,again,two = randomly_initialized(trained, 0),randomly_initialized(trained, 0),randomly_initialized(trained, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
     t,a,b,c = (m.model.state_dict() for m in (trained, one, again, two))
     assert t.keys()==a.keys() and all(torch.equal(a[k], b[k]) for k in a) and not {p.data_ptr() for p in one.parameters()}&{p.data_ptr() for p in trained.parameters()}
@@ -143,7 +143,7 @@ def test_twins_of_the_toys(name):
     start = load_backbone(f'{name}-random').model.state_dict()
     for k in t: # every tensor that pretraining changed is changed back
         if not torch.equal(t[k], start[k]): assert not torch.equal(a[k], t[k]), k
-    same = random_twin(load_backbone(name), zlib.crc32(f'{name}-random'.encode())).model.state_dict()
+    same = randomly_initialized(load_backbone(name), zlib.crc32(f'{name}-random'.encode())).model.state_dict()
     assert all(torch.equal(same[k], start[k]) for k in start)
 
 def test_twins_of_folders_files_and_other_sizes(tmp_path):
@@ -162,13 +162,13 @@ def test_twin_of_real_weights(real): check_twin(load_backbone(f"timm/vit_tiny_pa
 def test_what_has_no_twin():
     b = load_backbone('tiny-clip')
     targets = [n for block in attention_projections(b) for n in (block['q'],block['v'])]
-    with pytest.raises(ValueError, match='adapters'): random_twin(Backbone(b.spec, get_peft_model(load_backbone('tiny-clip').model, LoraConfig(target_modules=targets)), b.architecture))
-    with pytest.raises(ValueError, match='another architecture'): random_twin(Backbone(b.spec, b.model, load_backbone('tiny-siglip').architecture))
-    with pytest.raises(ValueError, match='is untrained'): random_twin(random_twin(b, 3), 3)
-    one = random_twin(b, 3) # a single block that was left trained is noticed
+    with pytest.raises(ValueError, match='adapters'): randomly_initialized(Backbone(b.spec, get_peft_model(load_backbone('tiny-clip').model, LoraConfig(target_modules=targets)), b.architecture))
+    with pytest.raises(ValueError, match='another architecture'): randomly_initialized(Backbone(b.spec, b.model, load_backbone('tiny-siglip').architecture))
+    with pytest.raises(ValueError, match='is untrained'): randomly_initialized(randomly_initialized(b, 3), 3)
+    one = randomly_initialized(b, 3) # a single block that was left trained is noticed
     survivor = next(k for k in one.model.state_dict() if k.endswith('2.self_attn.q_proj.weight'))
     state = b.model.state_dict(); state[survivor] = one.model.state_dict()[survivor]; b.model.load_state_dict(state)
-    with pytest.raises(ValueError, match='1 weights .*q_proj'): random_twin(b, 3)
+    with pytest.raises(ValueError, match='1 weights .*q_proj'): randomly_initialized(b, 3)
 
 # ---- in a study
 
@@ -220,7 +220,7 @@ def test_scores_against_a_loop(done, pairs):
     close(prior_maps(masks, 8, groups), prior, 1e-6)
     inner = torch.zeros_like(prior); inner[:,1:7,1:7] = prior[:,1:7,1:7]
     close(value('prior'), iou(prior.float()), 1e-6); close(value('inner prior'), iou(inner.float()), 1e-6)
-    close(value('untrained'), iou(fuse_heads(pooled_maps(random_twin(load_backbone('tiny-clip', size=64), 4), images)[:,-1].half().float())), 1e-6)
+    close(value('untrained'), iou(fuse_heads(pooled_maps(randomly_initialized(load_backbone('tiny-clip', size=64), 4), images)[:,-1].half().float())), 1e-6)
     close(mine.chance.loc['model'], mine.chance.loc['boxes'])
 
 def test_nobody_gets_the_map_of_its_own_church(done, pairs, monkeypatch):

@@ -103,7 +103,7 @@ def toy(recipe, steps, weight=None, d=7):
 def loss_at(made, z, t, step):
     class Features:
         def float(self): return z # keeps double precision
-    return made(lambda x, features: Features(), z, t, step)
+    return made.loss(lambda x, features: Features(), z, t, step)
 
 @pytest.mark.parametrize('faithful', (False,True))
 @pytest.mark.parametrize('alpha,epochs', [(0.,3),(.5,4),(.07,100),(.7,5),(1.,3)])
@@ -118,15 +118,16 @@ def test_both_losses_by_hand_on_either_side_of_the_switch(alpha, epochs, faithfu
     switch = 6*math.ceil(Fraction(str(alpha))*epochs)
     for step in {0, switch-1, switch, switch+1, 6*epochs-1}-{-1}:
         want = contrast if step<switch else classes+.7*contrast
-        assert loss_at(made, z, t, step).item()==pytest.approx(want, rel=1e-10), step
-        assert made.parts==pytest.approx(dict(stage=1, contrast_loss=contrast) if step<switch else dict(stage=2, class_loss=classes, contrast_loss=contrast), rel=1e-10)
+        loss,parts = loss_at(made, z, t, step)
+        assert loss.item()==pytest.approx(want, rel=1e-10), step
+        assert parts==pytest.approx(dict(stage=1, contrast_loss=contrast) if step<switch else dict(stage=2, class_loss=classes, contrast_loss=contrast), rel=1e-10)
 
 @pytest.mark.parametrize('faithful', (False,True))
 def test_stage_one_does_not_know_the_classifier(faithful):
     z,t = some(10)
     made,m = toy(CoinRecipe(epochs=2, alpha=.5, faithful=faithful), 5)
     def at(step):
-        m.zero_grad(); loss = loss_at(made, z, t, step); loss.backward()
+        m.zero_grad(); loss,_ = loss_at(made, z, t, step); loss.backward()
         return loss.item(),m.classifier.weight.grad,m.classifier.bias.grad
     first,later = at(4),at(5)
     with torch.no_grad(): m.classifier.weight.normal_(); m.classifier.bias.normal_()
@@ -139,10 +140,10 @@ def test_stage_one_does_not_know_the_classifier(faithful):
 def test_order_of_batch_and_names_of_classes_do_not_matter(step):
     z,t = some(12, seed=4); t[:] = torch.arange(12)%4
     made,m = toy(CoinRecipe(epochs=2, alpha=.5, eta=1.), 5)
-    want,order,name = loss_at(made, z, t, step).item(),torch.randperm(12, generator=torch.Generator().manual_seed(2)),torch.tensor([2,0,3,1])
-    assert loss_at(made, z[order], t[order], step).item()==pytest.approx(want, rel=1e-10)
+    want,order,name = loss_at(made, z, t, step)[0].item(),torch.randperm(12, generator=torch.Generator().manual_seed(2)),torch.tensor([2,0,3,1])
+    assert loss_at(made, z[order], t[order], step)[0].item()==pytest.approx(want, rel=1e-10)
     with torch.no_grad(): m.classifier.weight.copy_(m.classifier.weight[torch.argsort(name)])
-    assert loss_at(made, z, name[t], step).item()==pytest.approx(want, rel=1e-10)
+    assert loss_at(made, z, name[t], step)[0].item()==pytest.approx(want, rel=1e-10)
 
 @pytest.mark.parametrize('faithful', (False,True))
 @pytest.mark.parametrize('t', ([0,1,2,3],[0,0,0,0],[0,0,0,1],[2]))
@@ -150,7 +151,7 @@ def test_odd_batches_are_finite(t, faithful):
     t = torch.tensor(t); z,_ = some(len(t)); z.requires_grad_()
     made,_ = toy(CoinRecipe(epochs=2, alpha=.5, faithful=faithful), 1)
     for step in (0,1):
-        loss = loss_at(made, z, t, step); loss.backward()
+        loss,_ = loss_at(made, z, t, step); loss.backward()
         assert loss.isfinite() and z.grad.isfinite().all()
 
 # ---- training
@@ -166,9 +167,9 @@ class Spy(CoinLoss):
         self.model.classifier.weight.register_hook(lambda g: Spy.gradients.append(self.step))
     def __call__(self, forward, x, t, step):
         self.step,made = step,new_classifier(self.model.backbone.dim, 1).state_dict()
-        loss = super().__call__(forward, x, t, step)
-        Spy.seen.append(dict(step=step, stage=self.parts['stage'], untouched=same(self.model.classifier.state_dict(), made)))
-        return loss
+        found = super().__call__(forward, x, t, step)
+        Spy.seen.append(dict(step=step, stage=found['stage'], untouched=same(self.model.classifier.state_dict(), made)))
+        return found
 
 @pytest.mark.parametrize('name,epochs,alpha', [('tiny-clip',4,.5), ('tiny-siglip',5,.4), *[(n,3,.35) for n in TIMM]])
 def test_switch_at_the_exact_epoch_and_classifier_untouched_before(data, name, epochs, alpha):

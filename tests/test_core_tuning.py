@@ -182,7 +182,8 @@ def loss_of(z, t, recipe, step=0, **kw):
     loss,m = toy(recipe, z.shape[1], **kw)
     class Features:
         def float(self): return z # keeps double precision
-    return loss(lambda x, features: Features(), z, t, step),loss,m
+    total,parts = loss.loss(lambda x, features: Features(), z, t, step)
+    return total,parts,m
 
 def test_mixed_labels_that_are_pure_have_the_plain_loss_of_the_set(monkeypatch):
     z,t = some(10); t[:8] = torch.arange(8)%4
@@ -198,14 +199,14 @@ def test_mixed_labels_that_are_pure_have_the_plain_loss_of_the_set(monkeypatch):
 def test_the_loss_by_hand(mix, faithful):
     z,t = some(9, seed=3); t[:4] = torch.arange(4)
     r = CoreTuningRecipe(eta=.7, mix=mix, faithful=faithful, tau=.2)
-    loss,made,m = loss_of(z, t, r, step=5)
+    loss,parts,m = loss_of(z, t, r, step=5)
     draws = mixing_draws(t, np.random.default_rng((0,5)), 1., faithful)
     zs,ys = mixed_set(z, t, draws, 4, faithful); y = F.one_hot(t, 4).double()
     a,b = [(zs,ys) if mix in ('both',k) else (z,y) for k in ('classes','contrast')]
     classes = -(a[1]*m.classifier(a[0]).log_softmax(1)).sum(1).mean()
     contrast = by_hand(m.projector(b[0]).detach().numpy(), b[1].numpy(), .2, True, faithful)
     assert loss.item()==pytest.approx(classes.item()+.7*contrast, rel=1e-6)
-    assert made.parts==pytest.approx(dict(class_loss=classes.item(), contrast_loss=contrast), rel=1e-6)
+    assert parts==pytest.approx(dict(class_loss=classes.item(), contrast_loss=contrast), rel=1e-6)
 
 def test_originals_reach_the_backbone_and_in_the_published_code_do_not():
     "Quirk b: the gradient of each feature, and what is left of it if the features themselves are detached."
@@ -246,7 +247,7 @@ def test_order_of_batch_and_names_of_classes_do_not_matter(mix, monkeypatch):
         m.classifier.weight.copy_(m.classifier.weight[torch.argsort(name)])
     class Features:
         def float(self): return z
-    assert loss(lambda x, features: Features(), z, name[t], 0).item()==pytest.approx(want, rel=1e-6)
+    assert loss.loss(lambda x, features: Features(), z, name[t], 0)[0].item()==pytest.approx(want, rel=1e-6)
 
 @pytest.mark.parametrize('faithful', (False,True))
 @pytest.mark.parametrize('t', ([0,1,2,3],[0,0,0,0],[0,0,0,1],[2]))
@@ -273,7 +274,7 @@ def test_without_its_terms_it_is_the_plain_loop_on_the_same_balanced_batches(dat
     off = fit_core_tuning(load_backbone('tiny-clip'), data, recipe, 3)
     m = finetune.StyleModel(load_backbone('tiny-clip'), new_classifier(96, 3))
     loaders = data.loaders(recipe, 3, 2)
-    train(m, parameter_groups(m, recipe), loaders, drawn_weight(data, loaders[0], recipe), recipe, 3)
+    train(m, parameter_groups(m, recipe), loaders._replace(weight=drawn_weight(data, loaders.train, recipe)), recipe, 3)
     assert same({f'backbone.{k}':v for k,v in m.backbone.state_dict().items()}|finetune.classifier_state(m.classifier), off.state)
 
 @pytest.mark.parametrize('name,more', [('tiny-clip',{}), ('tiny-siglip',dict(faithful=True)), ('tiny-dinov3',dict(mix='classes',focal=False)), ('tiny-clip',dict(precision='bfloat16')), *[(n,{}) for n in TIMM]])

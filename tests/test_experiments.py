@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches.finetune import full as full_module
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.cli import compose_study, read_recipes
-from ssl_wikichurches.study.plan import DEMO, Run, RunsFailed, Study, load_study, study_runs
+from ssl_wikichurches.study.plan import DEMO, Run, RunsFailed, Study, load_study, one_line, study_runs
 from ssl_wikichurches.study.runs import execute, evaluate_maps, run_study
 from ssl_wikichurches.finetune.training import StyleModel, predict
 from ssl_wikichurches.study.detail import example_images, examples
@@ -193,8 +193,8 @@ def test_a_failing_run_leaves_its_trace_until_it_succeeds(drawn, tmp_path, monke
 
 def test_an_error_of_a_team_is_said_in_one_line():
     class Raised(Exception): pass
-    assert runs_module._one_line(Raised('\n\n-- Process 1 terminated:\nTraceback (most recent call last):\n  File "x"\nOSError: no disk\n'))=='Raised: OSError: no disk'
-    assert runs_module._one_line(RuntimeError(''))=='RuntimeError: ' and runs_module._one_line(ValueError('a\nb'))=='ValueError: a'
+    assert one_line(Raised('\n\n-- Process 1 terminated:\nTraceback (most recent call last):\n  File "x"\nOSError: no disk\n'))=='Raised: OSError: no disk'
+    assert one_line(RuntimeError(''))=='RuntimeError: ' and one_line(ValueError('a\nb'))=='ValueError: a'
 
 # ---- a folder of something else
 

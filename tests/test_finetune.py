@@ -87,6 +87,14 @@ def test_adapters_change_q_and_v_alone(forty):
     assert changed=={f'model.{n}.weight' for n in names}
     assert not any(isinstance(m, LoraLayer) for m in fitted.backbone.modules()) and fitted.n_trainable==4*2*8*2*96+4*97
 
+@pytest.mark.parametrize('name', TINY)
+def test_new_adapters_change_nothing(name, images):
+    "Before they are trained they add zero; a fused layer that was split computes what it did."
+    backbone = load_backbone(name)
+    with torch.no_grad(): was = backbone(images)
+    add_adapters(backbone, LoraRecipe())
+    with torch.no_grad(): assert torch.allclose(backbone.eval()(images), was, atol=1e-5)
+
 def test_gradients_of_the_first_step(data):
     backbone = load_backbone('tiny-dinov2'); add_adapters(backbone, LoraRecipe(dropout=0.))
     backbone(torch.rand(2,3,96,96)).square().sum().backward()

@@ -12,7 +12,7 @@ from ssl_wikichurches.backbones.forgetting import (ANSWERS, HELD_OUT_SEED, Featu
 from ssl_wikichurches.data.download import EDITIONS
 from ssl_wikichurches.data.synthetic import DRAWN_STYLES, plan_church
 from ssl_wikichurches.backbones.tiny import DRAWN
-from ssl_wikichurches.finetune.controls import random_twin
+from ssl_wikichurches.finetune.controls import randomly_initialized
 
 close = lambda x, y, tol=1e-9: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tol, rtol=0)
 normal = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape)
@@ -237,5 +237,5 @@ def test_real_weights_know_the_task(real):
     churches = read_churches(real/'photos'); names = sorted(churches.boxes.image.unique())
     photos = ChurchDataset(churches, names, eval_transform(96))
     backbone = load_backbone(source, size=96)
-    found = forgetting_scores(run_features(backbone, photos), run_features(random_twin(backbone), photos))
+    found = forgetting_scores(run_features(backbone, photos), run_features(randomly_initialized(backbone), photos))
     assert found['knn_before']>.75 and found['knn']<.68 and found['knn_change']<-4*found['change_se'] and found['cka']<.5

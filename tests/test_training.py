@@ -152,19 +152,20 @@ def test_history_says_what_happened(data):
 
 # ---- another loss, and balanced batches
 
-class Same:
-    "The loss of the classes, as an objective."
+class Same(finetune.Objective):
+    "The loss of the classes, as an objective that replaces it."
+    replaces = True
     def __init__(self, weight): self.weight,self.steps = weight,[]
-    def __call__(self, model, x, t, step):
+    def __call__(self, forward, x, t, step):
         self.steps.append(step)
-        loss = F.cross_entropy(model(x).float(), t, self.weight, reduction='sum')/self.weight[t].sum()
-        self.parts = dict(of_classes=loss.item())
-        return loss
+        loss = F.cross_entropy(forward(x).float(), t, self.weight, reduction='sum')/self.weight[t].sum()
+        loss.backward()
+        return dict(train_loss=loss.item(), of_classes=loss.item())
 
 def objective_fit(data, recipe, objective, folder=None, seed=0, more=()):
     model = StyleModel(b := load_backbone('tiny-clip'), new_classifier(b.dim, seed))
     groups = parameter_groups(model, recipe)+list(more)
-    trained = finetune.train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, folder=folder, objective=objective)
+    trained = finetune.train(model, groups, data.loaders(recipe, seed), recipe, seed, folder=folder, objective=objective)
     return trained.history,trained_tensors(model)
 
 @pytest.mark.parametrize('precision', ('float32','bfloat16'))
@@ -199,7 +200,7 @@ def test_what_an_objective_cannot_have(data, monkeypatch):
 
 def test_an_objective_that_is_not_finite_stops(data):
     class Bad(Same):
-        def __call__(self, *args): return super().__call__(*args)*float('nan')
+        def __call__(self, *args): return super().__call__(*args)|dict(train_loss=float('nan'))
     with pytest.raises(FloatingPointError, match='learning rate'): objective_fit(data, FullRecipe(epochs=1), Bad(data.weight(FullRecipe())))
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,6 @@ __all__ = ['KINDS', 'BOXES', 'pull_loss', 'stay_loss', 'union_masks', 'attention
 import os, warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 import networkx as nx, numpy as np, pandas as pd, torch
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
@@ -20,7 +19,7 @@ from ..attention.capture import AttentionRecord, capture_attention, pooled_maps,
 from ..backbones.encoders import Backbone
 from ..attention.baselines import derangement
 from ..data.churches import ChurchDataset, box_mask, eval_transform, train_transform
-from .training import Fitted, SeededPhotographs, TrainData
+from .training import Fitted, Objective, SeededPhotographs, TrainData
 from .full import FullRecipe, fit_full
 from ..attention.saliency_metrics import EPS, kl_divergence, soft_target
 from ..attention.metrics import shares
@@ -273,8 +272,8 @@ def weight_at(
     return recipe.weight*min(1., (step+1)/rise) if rise else recipe.weight
 
 # %% ../../nbs/04_attn_supervised.ipynb #6f741307
-class AttentionTerm:
-    "The attention loss of a boxed batch at each step, as `train` calls it."
+class AttentionTerm(Objective):
+    "The attention loss of an annotated batch at each step, as `train` asks for it."
     def __init__(self,
         backbone:Backbone, # that is trained
         data:TrainData,
@@ -287,26 +286,31 @@ class AttentionTerm:
         names = list(names)
         self.backbone,self.data,self.names,self.recipe,self.seed,self.device,self.steps = backbone,data,names,recipe,seed,device,steps
         self.blocks,self.batches,self.donors,self.prior = block_numbers(recipe.blocks),None,None,None
-        self.frozen = deepcopy(backbone).eval().requires_grad_(False) if recipe.stay else None
+        self.frozen = deepcopy(backbone).eval().requires_grad_(False).to(device) if recipe.stay else None
         if recipe.boxes=='prior':
             items = ChurchDataset(data.churches, names, eval_transform(data.size, data.geometry))
             self.prior = prior_mask(union_masks([i['boxes'] for i in items], data.size))
         elif recipe.boxes!='own': self.donors = box_donors(names, data.churches.images.church.loc[names], data.labels.loc[names], recipe.boxes, seed)
+    @property
+    def key(self): return self.names # the photographs
     def loss(self, images, masks)->torch.Tensor: # not weighted
         r = self.recipe
         with torch.autocast(images.device.type, torch.bfloat16, enabled=r.precision=='bfloat16'): maps = supervised_maps(self.backbone, images, self.blocks)
         frozen = None if self.frozen is None else pooled_maps(self.frozen, images)[:,self.blocks]
         return attention_loss(maps, masks, r.kind, r.per_head, frozen, r.stay)
-    def __call__(self, step):
-        r = self.recipe
-        if self.batches is None: self.batches = iter(boxed_batches(self.data, self.names, max(1, round(r.ratio*r.batch)), self.seed, step, r.augment, self.donors))
+    def _next(self, step):
+        "Images and masks of a step; a training that goes on after a break begins with its own."
+        r,n = self.recipe,max(1, round(self.recipe.ratio*self.recipe.batch))
+        if self.batches is None: self.batches = iter(boxed_batches(self.data, self.names, n, self.seed, step, r.augment, self.donors))
         images,boxes = next(self.batches)
-        masks = union_masks(boxes, self.data.size) if self.prior is None else self.prior.expand(len(images), -1, -1)
-        if not masks.any(): return float('nan')
+        return images,union_masks(boxes, self.data.size) if self.prior is None else self.prior.expand(len(images), -1, -1)
+    def __call__(self, forward, images, labels, step): # the batch itself is not used: its images have no boxes
+        images,masks = self._next(step)
+        if not masks.any(): return dict(extra_loss=float('nan'))
         loss = self.loss(images.to(self.device), masks.to(self.device))
         if not loss.isfinite(): raise FloatingPointError(f"the attention loss became {loss.item()}: lower the learning rate or the weight")
-        (weight_at(step, self.steps, r)*loss).backward()
-        return loss.item()
+        (weight_at(step, self.steps, self.recipe)*loss).backward()
+        return dict(extra_loss=loss.item())
 
 # %% ../../nbs/04_attn_supervised.ipynb #c6a6c5b5
 def fit_attn_supervised(
@@ -319,5 +323,5 @@ def fit_attn_supervised(
 )->Fitted: # its history has the mean attention loss as extra_loss
     "Full fine-tuning with attention pulled into the boxes of all folds but one; `restore_full` puts its weights back."
     supervised,held = crossfit_parts(data, recipe)
-    extra = partial(AttentionTerm, backbone, data, supervised, recipe, seed, device) if recipe.weight else None
-    return replace(fit_full(backbone, data, recipe, seed, device, folder, extra=extra), held_out=held)
+    term = AttentionTerm(backbone, data, supervised, recipe, seed, device, data.steps(recipe)) if recipe.weight else None
+    return replace(fit_full(backbone, data, recipe, seed, device, folder, objective=term), held_out=held)

@@ -14,7 +14,7 @@ from torch import nn
 from ..attention.capture import pooled_maps, received_maps
 from ..backbones.encoders import Backbone
 from ..backbones.registry import FAMILIES
-from .training import Fitted, Recipe, StyleModel, TrainData, both_states, check_tensors, classifier_state, new_classifier, train
+from .training import Fitted, Recipe, StyleModel, TrainData, as_fitted, check_tensors, classifier_state, new_classifier, train
 
 # %% ../../nbs/04c_block_expansion.ipynb #acf04fb0
 _ENDS = {k:{f.branch_ends[i] for f in FAMILIES.values()} for i,k in enumerate(('attention','mlp'))} # names in any family
@@ -137,16 +137,15 @@ def fit_block_expansion(
 )->Fitted: # whose backbone is the expanded one
     "Train new blocks and the classifier; the backbone's own blocks are frozen."
     expand(backbone, recipe.every)
-    model = StyleModel(backbone, new_classifier(backbone.dim, seed)).to(device)
+    model = StyleModel(backbone, new_classifier(backbone.dim, seed, len(data.names))).to(device)
     def train_mode():
         model.eval()
         for i in added_blocks(backbone): backbone.layers[i].train()
     params = [p for p in model.parameters() if p.requires_grad]
     parts = [p for p in params if p.ndim>1],[p for p in params if p.ndim<2]
     groups = [dict(params=p, lr=recipe.lr, name='blocks_and_classifier', **decay) for p,decay in zip(parts, ({}, dict(weight_decay=0.)))]
-    trained = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device, train_mode, folder)
-    chosen,other = both_states(model, trained, recipe, lambda: block_state(backbone)|classifier_state(model.classifier))
-    return Fitted(backbone, model.classifier, trained.history, chosen, sum(p.numel() for p in params), other, trained.best_epoch)
+    trained = train(model, groups, data.loaders(recipe, seed), recipe, seed, device, folder, train_mode)
+    return as_fitted(model, trained, recipe, data.names, lambda: block_state(backbone)|classifier_state(model.classifier))
 
 # %% ../../nbs/04c_block_expansion.ipynb #03f4b795
 def restore_block_expansion(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from ..backbones.encoders import Backbone
-from .core_tuning import ContrastiveModel, ContrastiveRecipe, fit_contrastive, plain_loss, supcon_loss
+from .core_tuning import ContrastiveLoss, ContrastiveRecipe, fit_contrastive, plain_loss, supcon_loss
 from .training import Fitted, TrainData
 
 # %% ../../nbs/04b_coin.ipynb #eb6dfdb8
@@ -38,26 +38,19 @@ class CoinRecipe(ContrastiveRecipe):
     def stage_one(self)->int: return math.ceil(round(self.alpha*self.epochs, 9)) # epochs before the classifier is trained
 
 # %% ../../nbs/04b_coin.ipynb #e5ac8503
-class CoinLoss:
-    "The loss of a batch, as `train` asks for it: the contrastive one alone in stage 1, then that of the classes plus eta times the contrastive one."
-    def __init__(self,
-        model:ContrastiveModel,
-        recipe:CoinRecipe,
-        weight:torch.Tensor, # (classes,)
-        seed:int=0, # makes no difference here: nothing is drawn
-        steps:int=1, # of an epoch
-    ): self.model,self.recipe,self.weight,self.switch = model,recipe,weight,recipe.stage_one*steps
-    def __call__(self, forward, x, t, step):
-        r,m,joint = self.recipe,self.model,step>=self.switch
-        z = forward(x, features=True).float()
-        self.parts,loss = dict(stage=1+joint),None
+class CoinLoss(ContrastiveLoss):
+    "The contrastive loss alone in stage 1, then that of the classes plus eta times the contrastive one."
+    def loss(self, forward, images, labels, step):
+        r,m,joint = self.recipe,self.model,step>=self.recipe.stage_one*self.steps
+        z = forward(images, features=True).float()
+        parts = dict(stage=1+joint)
         if joint:
-            loss = plain_loss(m.classifier(z), t, self.weight)
-            self.parts['class_loss'] = loss.item()
-            if not r.eta: return loss
-        contrast = supcon_loss(m.projector(z), class_pairs(t, r.faithful), r.tau, over_all=r.faithful)
-        self.parts['contrast_loss'] = contrast.item()
-        return loss+r.eta*contrast if joint else contrast
+            loss = plain_loss(m.classifier(z), labels, self.weight)
+            parts['class_loss'] = loss.item()
+            if not r.eta: return loss,parts
+        contrast = supcon_loss(m.projector(z), class_pairs(labels, r.faithful), r.tau, over_all=r.faithful)
+        parts['contrast_loss'] = contrast.item()
+        return loss+r.eta*contrast if joint else contrast,parts
 
 # %% ../../nbs/04b_coin.ipynb #8cd6b25e
 def fit_coin(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MIXES', 'supcon_loss', 'hardest_pairs', 'published_pairs', 'MixingDraws', 'mixing_draws', 'mixed_set',
            'soft_cross_entropy', 'same_labels', 'ContrastiveRecipe', 'CoreTuningRecipe', 'Projector',
-           'ContrastiveModel', 'plain_loss', 'CoreTuningLoss', 'drawn_weight', 'fit_contrastive', 'fit_core_tuning']
+           'ContrastiveModel', 'plain_loss', 'ContrastiveLoss', 'CoreTuningLoss', 'drawn_weight', 'fit_contrastive',
+           'fit_core_tuning']
 
 # %% ../../nbs/04a_core_tuning.ipynb #859e7f08
 import os
@@ -15,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from ..backbones.encoders import Backbone
-from ..data.churches import CLASSES
-from .training import Fitted, StyleModel, TrainData, both_states, class_weights, classifier_state, new_classifier, train
-from .full import FullRecipe, parameter_groups, stochastic_depth
+from ..data.churches import STYLES
+from .training import Fitted, Objective, StyleModel, TrainData, class_weights, new_classifier
+from .full import FullRecipe, fit_every_weight
 
 # %% ../../nbs/04a_core_tuning.ipynb #c9021637
 def supcon_loss(
@@ -89,7 +90,7 @@ def mixed_set(
     z:torch.Tensor, # (n, d) features
     t:torch.Tensor, # (n,) classes
     draws:MixingDraws,
-    n_classes:int=len(CLASSES),
+    n_classes:int=len(STYLES),
     faithful:bool=False, # pairs as the published code chooses them, and the features themselves detached
 )->tuple: # features (m, d), n<=m<=3n, and label vectors (m, n_classes), rows sum to 1
     "A batch with its hard pairs mixed in (Zhang et al., 2021)."
@@ -134,7 +135,8 @@ class ContrastiveRecipe(FullRecipe):
     def __post_init__(self):
         super().__post_init__()
         if self.eta<0 or self.tau<=0 or self.dim<1 or self.per_class<0:
-            raise ValueError(f"eta {self.eta}, tau {self.tau}, dim {self.dim}, per_class {self.per_class}: expected at least 0, above 0, at least 1, at least 0")
+            raise ValueError(f"eta {self.eta}, tau {self.tau}, dim {self.dim}, per_class {self.per_class}: "
+                             "expected at least 0, above 0, at least 1, at least 0")
         if self.accumulate>1: raise ValueError(f"accumulate is {self.accumulate}, but a contrastive loss compares all images of a batch: it must be 1")
 
 # %% ../../nbs/04a_core_tuning.ipynb #e13af964
@@ -182,28 +184,42 @@ def plain_loss(
     "The loss of the classes, summed and divided as in `train`, to the last bit."
     return F.cross_entropy(logits, t, weight, reduction='sum')/weight[t].sum()
 
-class CoreTuningLoss:
-    "The loss of a batch, as `train` asks for it: of the classes plus eta times the contrastive one."
+class ContrastiveLoss(Objective):
+    "A loss of the features of a whole batch, in place of the loss of the classes."
+    replaces = True
     def __init__(self,
         model:ContrastiveModel,
-        recipe:CoreTuningRecipe,
+        recipe:ContrastiveRecipe,
         weight:torch.Tensor, # (classes,)
-        seed:int=0, # of the shares and partners
-        steps:int=1, # of an epoch; makes no difference here
-    ): self.model,self.recipe,self.weight,self.seed = model,recipe,weight,seed
-    def __call__(self, forward, x, t, step):
-        r,m = self.recipe,self.model
-        z = forward(x, features=True).float()
-        plain = z,F.one_hot(t, len(self.weight)).to(z.dtype)
+        seed:int=0, # of what is drawn
+        steps:int=1, # of an epoch
+    ): self.model,self.recipe,self.weight,self.seed,self.steps = model,recipe,weight,seed,steps
+    def loss(self, forward, images, labels, step)->tuple: # scalar with a gradient; its parts, by name in the history
+        raise NotImplementedError
+    def __call__(self, forward, images, labels, step):
+        loss,parts = self.loss(forward, images, labels, step)
+        loss.backward()
+        return dict(train_loss=loss.item(), **parts)
+
+# %% ../../nbs/04a_core_tuning.ipynb #9dbc35a1
+class CoreTuningLoss(ContrastiveLoss):
+    "The loss of the classes, of mixed features, plus eta times the contrastive one."
+    def _mixed(self, z, t, step):
+        "Features and label vectors for either part of the loss; those of the batch where nothing is mixed."
+        r,plain = self.recipe,(z, F.one_hot(t, len(self.weight)).to(z.dtype))
         draws = None if r.mix=='none' else mixing_draws(t, np.random.default_rng((self.seed, step)), r.mix_alpha, r.faithful)
         mixed = mixed_set(z, t, draws, len(self.weight), r.faithful) if draws else plain
-        smooth,pairs = (mixed if r.mix in ('both',k) else plain for k in ('classes','contrast'))
-        loss = plain_loss(m.classifier(z), t, self.weight) if smooth is plain else soft_cross_entropy(m.classifier(smooth[0]), smooth[1], self.weight)
-        self.parts = dict(class_loss=loss.item())
-        if not r.eta: return loss
+        return plain,*(mixed if r.mix in ('both',k) else plain for k in ('classes','contrast'))
+    def loss(self, forward, images, labels, step):
+        r,m = self.recipe,self.model
+        z = forward(images, features=True).float()
+        plain,smooth,pairs = self._mixed(z, labels, step)
+        if smooth is plain: loss = plain_loss(m.classifier(z), labels, self.weight)
+        else: loss = soft_cross_entropy(m.classifier(smooth[0]), smooth[1], self.weight)
+        parts = dict(class_loss=loss.item())
+        if not r.eta: return loss,parts
         contrast = supcon_loss(m.projector(pairs[0]), same_labels(pairs[1], r.faithful), r.tau, r.focal, over_all=r.faithful)
-        self.parts['contrast_loss'] = contrast.item()
-        return loss+r.eta*contrast
+        return loss+r.eta*contrast,parts|dict(contrast_loss=contrast.item())
 
 # %% ../../nbs/04a_core_tuning.ipynb #4c62bae8
 def drawn_weight(
@@ -213,29 +229,24 @@ def drawn_weight(
 )->torch.Tensor: # (classes,)
     "Weights of the classes as a loader draws them."
     if not recipe.per_class or recipe.class_weights=='none': return data.weight(recipe)
-    return class_weights(np.repeat(np.arange(len(CLASSES)), loader.batch_sampler.places))
+    return class_weights(np.repeat(np.arange(len(data.names)), loader.batch_sampler.places), data.names)
 
 def fit_contrastive(
     backbone:Backbone, # is changed
     data:TrainData,
     recipe:ContrastiveRecipe,
-    objective:type, # of the loss, made from (model, recipe, weight, seed, steps of an epoch)
+    objective:type, # `ContrastiveLoss` of the tier
     seed:int=0, # of the classifier's and the projector's start, the order of images, the augmentation and what is mixed
     device:str='cpu',
     folder:str|os.PathLike=None, # see `train`
 )->Fitted:
     "Full fine-tuning by a loss of features; the projector is trained and not stored."
-    model = ContrastiveModel(backbone, new_classifier(backbone.dim, seed), Projector(backbone.dim, recipe.dim, seed)).to(device)
+    classifier = new_classifier(backbone.dim, seed, len(data.names))
+    model = ContrastiveModel(backbone, classifier, Projector(backbone.dim, recipe.dim, seed)).to(device)
     model.classifier.bias.requires_grad_(not recipe.faithful) # it stays 0 then
-    groups,loaders = parameter_groups(model, recipe),data.loaders(recipe, seed, recipe.per_class)
-    loss = objective(model, recipe, drawn_weight(data, loaders[0], recipe).to(device), seed, len(loaders[0]))
-    with stochastic_depth(backbone, recipe.drop_path):
-        trained = train(model, groups, loaders, data.weight(recipe), recipe, seed, device, folder=folder, objective=loss)
-    def state():
-        weights = {f'backbone.{k}':v.detach().cpu().clone() for k,v in backbone.state_dict().items()}
-        return weights|classifier_state(model.classifier)
-    chosen,other = both_states(model, trained, recipe, state)
-    return Fitted(backbone, model.classifier, trained.history, chosen, sum(p.numel() for g in groups for p in g['params']), other, trained.best_epoch)
+    loaders = data.loaders(recipe, seed, recipe.per_class)
+    loss = objective(model, recipe, drawn_weight(data, loaders.train, recipe).to(device), seed, len(loaders.train))
+    return fit_every_weight(model, loaders, recipe, seed, device, folder, loss)
 
 # %% ../../nbs/04a_core_tuning.ipynb #fc71d269
 def fit_core_tuning(

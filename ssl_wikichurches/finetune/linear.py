@@ -9,14 +9,12 @@ __all__ = ['STRENGTHS', 'LinearRecipe', 'pooled_features', 'training_features', 
 import os
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from ..backbones.encoders import Backbone
-from .training import (Fitted, Recipe, TrainData, both_states, classification_scores, classifier_state, new_classifier, predict,
-                                       train)
+from .training import (Fitted, Loaders, Recipe, TrainData, both_states, classification_scores, classifier_state,
+                                               new_classifier, predict, train)
 
 # %% ../../nbs/03_finetune_linear.ipynb #2a31fa71
 @dataclass(frozen=True)
@@ -66,6 +64,8 @@ def logistic_probe(
     strengths:tuple=STRENGTHS, # values of C; the first of equally good ones is taken
 )->tuple: # classifier; table by C: val_loss, val_balanced_accuracy
     "The classifier at the minimum of C times the weighted sum of losses plus half the squared norm of W, on standardized features."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
     (x,y),(xv,yv) = ([t.double().numpy() for t in d.tensors] for d in (train,val))
     scale = StandardScaler().fit(x)
     z,found,rows = scale.transform(x),[],[]
@@ -92,18 +92,20 @@ def fit_linear(
 )->Fitted:
     "Train a linear classifier on the frozen backbone's pooled features."
     backbone.eval()
-    classifier = new_classifier(backbone.dim, seed).to(device)
-    features,val = training_features(backbone, data, recipe, seed, device),pooled_features(backbone, data.loader('val', recipe.batch), device)
+    classifier = new_classifier(backbone.dim, seed, len(data.names)).to(device)
+    features = training_features(backbone, data, recipe, seed, device)
+    val = pooled_features(backbone, data.loader('val', recipe.batch), device)
     n = sum(p.numel() for p in classifier.parameters())
     if recipe.solver=='logistic':
         classifier,table = logistic_probe(features, val, data.weight(recipe))
-        return Fitted(backbone, classifier, table, classifier_state(classifier), n)
+        return Fitted(backbone, classifier, data.names, table, classifier_state(classifier), n)
     order = torch.Generator().manual_seed(seed)
-    loaders = DataLoader(features, recipe.batch, shuffle=True, generator=order), DataLoader(val, recipe.batch)
+    shuffled = DataLoader(features, recipe.batch, shuffle=True, generator=order)
+    loaders = Loaders(shuffled, DataLoader(val, recipe.batch), data.weight(recipe), data.names)
     groups = [dict(params=list(classifier.parameters()), lr=recipe.lr, name='classifier')]
-    trained = train(classifier, groups, loaders, data.weight(recipe), recipe, seed, device, folder=folder)
+    trained = train(classifier, groups, loaders, recipe, seed, device, folder)
     state,other = both_states(classifier, trained, recipe, lambda: classifier_state(classifier))
-    return Fitted(backbone, classifier, trained.history, state, n, other, trained.best_epoch)
+    return Fitted(backbone, classifier, data.names, trained.history, state, n, other, trained.best_epoch)
 
 def restore_linear(
     backbone:Backbone, # the frozen backbone

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from ..backbones.encoders import Backbone, attention_projections
-from .training import (Fitted, Recipe, StyleModel, TrainData, both_states, check_tensors, classifier_state, new_classifier,
-                                       train)
+from .training import (Fitted, Recipe, StyleModel, TrainData, as_fitted, check_tensors, classifier_state,
+                                               new_classifier, train)
 
 # %% ../../nbs/03_finetune_lora.ipynb #99653d42
 @dataclass(frozen=True)
@@ -105,18 +105,18 @@ def fit_lora(
 )->Fitted:
     "Train adapters and classifier; the rest of the backbone is frozen."
     add_adapters(backbone, recipe, seed)
-    model = StyleModel(backbone, new_classifier(backbone.dim, seed)).to(device)
+    model = StyleModel(backbone, new_classifier(backbone.dim, seed, len(data.names))).to(device)
     def train_mode():
         model.eval()
         for _,m in _modules(backbone, LoraLayer): m.train()
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=params, lr=recipe.lr, name='adapters_and_classifier')]
-    trained = train(model, groups, data.loaders(recipe, seed), data.weight(recipe), recipe, seed, device, train_mode, folder)
+    groups = [dict(params=[p for p in model.parameters() if p.requires_grad], lr=recipe.lr, name='adapters_and_classifier')]
+    trained = train(model, groups, data.loaders(recipe, seed), recipe, seed, device, folder, train_mode)
     def state():
         adapters = {f'adapter.{k}':v.detach().cpu().clone() for k,v in get_peft_model_state_dict(backbone.model).items()}
         return adapters|classifier_state(model.classifier)
-    chosen,other = both_states(model, trained, recipe, state)
-    return Fitted(merge_adapters(backbone), model.classifier, trained.history, chosen, sum(p.numel() for p in params), other, trained.best_epoch)
+    fitted = as_fitted(model, trained, recipe, data.names, state)
+    merge_adapters(backbone)
+    return fitted
 
 def restore_lora(
     backbone:Backbone, # the frozen backbone; is changed

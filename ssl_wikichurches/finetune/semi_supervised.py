@@ -12,7 +12,6 @@ __all__ = ['KINDS', 'LABEL_FILE', 'hide_labels', 'unlabelled', 'check_pool', 'st
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -22,9 +21,9 @@ from torchvision.transforms import v2
 from ..data.files import write_file
 from .attn_supervised import BoxedOrder, weight_at
 from ..backbones.encoders import Backbone
-from ..data.churches import CLASSES, ChurchDataset, Churches, eval_transform, train_transform
+from ..data.churches import STYLES, ChurchDataset, Churches, eval_transform, train_transform
 from .devices import Team
-from .training import Fitted, SeededPhotographs, StyleModel, TrainData, new_classifier, predict
+from .training import Fitted, Objective, SeededPhotographs, StyleModel, TrainData, new_classifier, predict
 from .full import FullRecipe, fit_full
 from ..data.splits import NEAR, Split, class_labels, near_duplicates
 
@@ -124,6 +123,7 @@ def pseudo_labels(
     names:list, # n image file names
     tau:float=.95, # least probability of the class; above 1: none is accepted
     limit:float=float('inf'), # largest energy
+    classes:tuple=tuple(STYLES.values()), # names
 )->pd.DataFrame: # image, style, probability, energy, accepted, why (not; '' where accepted), in the order of `names`
     "What a teacher says about photographs, and what of it counts."
     if len(logits)!=len(names): raise ValueError(f"there are logits of {len(logits)} photographs, and {len(names)} names")
@@ -131,7 +131,7 @@ def pseudo_labels(
     z = logits.detach().double().cpu()
     (p,label),energy = z.softmax(1).max(1),-z.logsumexp(1)
     why = np.where(p<tau, 'unsure', np.where(energy>limit, 'unlike the labelled', ''))
-    return pd.DataFrame(dict(image=list(names), style=[CLASSES[i] for i in label], probability=p.numpy(), energy=energy.numpy(), accepted=why=='', why=why))
+    return pd.DataFrame(dict(image=list(names), style=[classes[i] for i in label], probability=p.numpy(), energy=energy.numpy(), accepted=why=='', why=why))
 
 # %% ../../nbs/04d_semi_supervised.ipynb #c4bd42d4
 @contextmanager
@@ -250,14 +250,14 @@ class SelfTeacher:
         if self.limit is None or step%self.per_epoch==0:
             self.limit = energy_limit(self.model, self.data.loader('train', self.recipe.batch), self.recipe.passing, self.device)
         with teaching(self.model), _autocast(self.recipe, self.device): logits = self.model(images)
-        said = pseudo_labels(logits, names, self.recipe.tau, self.limit)
+        said = pseudo_labels(logits, names, self.recipe.tau, self.limit, self.data.names)
         self.rows.append(said.assign(step=step)[['step',*said]])
         if self.folder and (step+1)%self.per_epoch==0: _write(self.table(), self.folder)
         return said
 
 # %% ../../nbs/04d_semi_supervised.ipynb #21ff07bf
-class UnlabelledTerm:
-    "The loss of unlabelled photographs at each step, as `train` calls it."
+class UnlabelledTerm(Objective):
+    "The loss of unlabelled photographs at each step, as `train` asks for it."
     def __init__(self,
         model:nn.Module, # that is trained
         data:TrainData,
@@ -270,6 +270,8 @@ class UnlabelledTerm:
     ):
         self.names,self.batches = tuple(names),None
         self.model,self.data,self.recipe,self.teacher,self.seed,self.device,self.steps = model,data,recipe,teacher,seed,device,steps
+    @property
+    def key(self): return self.names # the photographs
     def learn(self, images, targets, n, weight)->float: # adds gradients; the loss without its weight
         total = 0.
         for x,t in zip(images.chunk(self.recipe.accumulate), targets.chunk(self.recipe.accumulate)):
@@ -279,16 +281,16 @@ class UnlabelledTerm:
             total += loss.item()
         if not np.isfinite(total): raise FloatingPointError(f"the unlabelled loss became {total}: lower the learning rate or the weight")
         return total
-    def __call__(self, step):
+    def __call__(self, forward, images, labels, step): # the batch itself is not used
         r,n = self.recipe,max(1, round(self.recipe.mu*self.recipe.batch))
         if self.batches is None: self.batches = iter(view_batches(self.data, self.names, recipe_views(self.data, r), n, self.seed, step))
         views,names = next(self.batches)
         with own_chance(self.seed, step, self.device):
             said = self.teacher(step, views[0].to(self.device), names)
             use = np.flatnonzero(said.accepted)
-            if not len(use): return 0.
-            targets = torch.tensor([CLASSES.index(s) for s in said['style'].iloc[use]], device=self.device)
-            return self.learn(views[-1][use].to(self.device), targets, n, weight_at(step, self.steps, r))
+            if not len(use): return dict(extra_loss=0.)
+            targets = torch.tensor([self.data.names.index(s) for s in said['style'].iloc[use]], device=self.device)
+            return dict(extra_loss=self.learn(views[-1][use].to(self.device), targets, n, weight_at(step, self.steps, r)))
 
 # %% ../../nbs/04d_semi_supervised.ipynb #1b3a6cbd
 def best_of_class(
@@ -315,7 +317,7 @@ def label_pool(
                        collate_fn=lambda batch: torch.stack([i['image'] for i in batch]), num_workers=data.workers)
     limit = energy_limit(model, data.loader('train', recipe.batch), recipe.passing, device)
     with teaching(model), _autocast(recipe, device): logits = torch.cat([model(x.to(device)).float().cpu() for x in items])
-    return best_of_class(pseudo_labels(logits, pool, recipe.tau, limit), recipe.per_class)
+    return best_of_class(pseudo_labels(logits, pool, recipe.tau, limit, data.names), recipe.per_class)
 
 class RoundTeacher:
     "The labels of a round, by image."
@@ -332,10 +334,11 @@ class SemiFitted(Fitted):
 
 def _fit_beside(backbone, data, recipe, seed, device, folder, pool, table=None):
     "Full fine-tuning beside the unlabelled loss; with the labels of a round, or with the model's own."
-    classifier = new_classifier(backbone.dim, seed)
+    classifier = new_classifier(backbone.dim, seed, len(data.names))
     model,per_epoch = StyleModel(backbone, classifier),len(data.loader('train', recipe.batch))
     teacher = SelfTeacher(model, data, recipe, device, per_epoch, folder) if table is None else RoundTeacher(table)
-    fitted = fit_full(backbone, data, recipe, seed, device, folder, classifier, partial(UnlabelledTerm, model, data, recipe, pool, teacher, seed, device))
+    term = UnlabelledTerm(model, data, recipe, pool, teacher, seed, device, data.steps(recipe))
+    fitted = fit_full(backbone, data, recipe, seed, device, folder, classifier, term)
     return SemiFitted(**vars(fitted)|dict(pseudo_labels=teacher.table() if table is None else table))
 
 # %% ../../nbs/04d_semi_supervised.ipynb #f097da09
@@ -377,11 +380,12 @@ def fit_semi_supervised(
 # %% ../../nbs/04d_semi_supervised.ipynb #7aa32867
 def label_quality(
     table:pd.DataFrame, # of `pseudo_labels`
-    truth:pd.Series, # class by image, of the photographs that have one of the four styles; others have none
-)->dict: # decisions; accepted: share of them; precision: share of right ones among the accepted; outside: share of the accepted that have none of the four styles
+    truth:pd.Series, # class by image, of the photographs that have one of the classes; others have none
+    classes:tuple=tuple(STYLES.values()), # names
+)->dict: # decisions; accepted: share of them; of the accepted, precision: share of right ones, outside: share that has none of the classes
     "Judge pseudo-labels by the truth. With nothing accepted, precision and outside are nan."
     used = table[table.accepted]
     true = used.image.map(truth)
-    right = used['style'].map(CLASSES.index)==true
+    right = used['style'].map(classes.index)==true
     return dict(decisions=len(table), accepted=float(table.accepted.mean()), precision=float(right.mean()) if len(used) else float('nan'),
                 outside=float(true.isna().mean()) if len(used) else float('nan'))

@@ -33,7 +33,7 @@ class Control:
 CONTROLS = {c.name:c for c in (
     Control('random_labels', 'random_labels'),
     Control('other_task', 'other_task'),
-    Control('random_init', 'random_twin', own_start=True))}
+    Control('random_init', 'randomly_initialized', own_start=True))}
 
 # %% ../../nbs/04f_tiers.ipynb #c25d873c
 @dataclass(frozen=True)

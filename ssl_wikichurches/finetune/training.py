@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['Recipe', 'make_recipe', 'lr_factor', 'class_weights', 'class_recalls', 'classification_scores', 'StyleModel',
            'new_classifier', 'SeededOrder', 'SeededPhotographs', 'class_places', 'BalancedBatches', 'image_loader',
-           'predict', 'Trained', 'train', 'Fitted', 'both_states', 'classifier_state', 'load_classifier',
-           'check_tensors', 'TrainData']
+           'predict', 'Loaders', 'Objective', 'ClassLoss', 'Trained', 'train', 'Fitted', 'both_states', 'as_fitted',
+           'classifier_state', 'load_classifier', 'check_tensors', 'TrainData']
 
 # %% ../../nbs/03C_training.ipynb #64cb83ac
 import hashlib, math, os, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
+from fastcore.basics import patch
 import numpy as np, pandas as pd, torch
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data.files import write_file
 from .checkpoint import Checkpoint, put_tensors, random_state, trained_tensors
-from ..data.churches import CLASSES, ChurchDataset, Churches, eval_transform, train_transform
+from ..data.churches import STYLES, ChurchDataset, Churches, eval_transform, train_transform
 from .devices import Team
 from ..data.splits import Split, class_labels
 
@@ -35,7 +36,7 @@ class Recipe:
     warmup:float=.1 # share of all steps with linearly rising learning rate
     clip:float=0. # largest gradient norm; 0: no clipping
     class_weights:str='balanced' # 'balanced': n/(classes*count) per class; 'none'
-    augment:bool=True # the plan's training augmentation
+    augment:bool=True # crops, flips and colors of `train_transform`
     select:str='last' # the epoch that is the result: 'last', or 'best' by balanced accuracy on validation, the first of equals
     patience:int=0 # stop after so many epochs without a better one; 0: never
     accumulate:int=1 # parts that a batch is computed in, one after the other, to save memory
@@ -80,14 +81,14 @@ def lr_factor(
 
 # %% ../../nbs/03C_training.ipynb #afebbb21
 def class_weights(
-    labels:np.ndarray, # (n,) classes 0..3 of the training images
-    n_classes:int=len(CLASSES),
-)->torch.Tensor: # (n_classes,), mean over the training images is 1
+    labels:np.ndarray, # (n,) classes of the training images, from 0
+    names:tuple=tuple(STYLES.values()), # of the classes; each must occur
+)->torch.Tensor: # (classes,), mean over the training images is 1
     "Weights that let every class count the same in the loss."
-    counts = np.bincount(labels, minlength=n_classes)
+    counts = np.bincount(labels, minlength=len(names))
     if (counts==0).any():
-        raise ValueError(f"no training image of {[CLASSES[i] for i in np.flatnonzero(counts==0)]}: every style needs some")
-    return torch.tensor(len(labels)/(n_classes*counts), dtype=torch.float32)
+        raise ValueError(f"no training image of {[names[i] for i in np.flatnonzero(counts==0)]}: every class needs some")
+    return torch.tensor(len(labels)/(len(names)*counts), dtype=torch.float32)
 
 # %% ../../nbs/03C_training.ipynb #f4a4be83
 def class_recalls(
@@ -103,6 +104,7 @@ def classification_scores(
     predicted:np.ndarray, # (n,) predicted classes
 )->dict: # accuracy, balanced_accuracy, macro_f1
     "Scores over the classes that occur in `labels`."
+    from sklearn.metrics import accuracy_score, f1_score
     recalls = class_recalls(labels, predicted)
     return dict(accuracy=accuracy_score(labels, predicted), balanced_accuracy=float(np.mean([*recalls.values()])),
                 macro_f1=f1_score(labels, predicted, average='macro', labels=[*recalls], zero_division=0))
@@ -117,10 +119,10 @@ class StyleModel(nn.Module):
 def new_classifier(
     dim:int, # width of the pooled feature
     seed:int=0,
-    n_classes:int=len(CLASSES),
+    n:int=len(STYLES), # outputs: as many as the data has classes
 )->nn.Linear:
     "A linear classifier: weights from N(0, 0.01^2) by `seed`, bias 0."
-    with torch.random.fork_rng(devices=[]): layer = nn.Linear(dim, n_classes)
+    with torch.random.fork_rng(devices=[]): layer = nn.Linear(dim, n)
     nn.init.normal_(layer.weight, std=.01, generator=torch.Generator().manual_seed(seed)); nn.init.zeros_(layer.bias)
     return layer
 
@@ -163,30 +165,34 @@ def class_places(
     counts = np.asarray(counts)
     if (counts==0).any(): raise ValueError(f"no training image of class {int(np.argmin(counts))}: every class needs some")
     if (n := counts.sum())//steps<(least := len(counts)*per_class):
-        raise ValueError(f"{n} images in {steps} batches leave {n//steps} to the smallest, but {per_class} of each of {len(counts)} classes are {least}: choose larger batches or a smaller per_class")
+        raise ValueError(f"{n} images in {steps} batches leave {n//steps} to the smallest, but {per_class} of each of {len(counts)} classes "
+                         f"are {least}: choose larger batches or a smaller per_class")
     places = np.maximum(counts, per_class*steps)
     while places.sum()>n: places[np.argmax(places)] -= 1
     return places
 
 # %% ../../nbs/03C_training.ipynb #44117b77
 class BalancedBatches(Sampler):
-    "Batches of (position, seed) as in `SeededOrder`, with at least `per_class` positions of every class in each; sizes differ by at most one."
+    "Batches as in `SeededOrder`, with at least `per_class` positions of every class in each; sizes differ by at most one."
     def __init__(self,
         classes:np.ndarray, # (n,) class of each position
         batch:int, # largest size of a batch
         generator:torch.Generator, # of order and seeds
         per_class:int=2,
+        n_classes:int=0, # 0: up to the highest that occurs
     ):
         self.n,self.steps,self.generator = len(classes),-(-len(classes)//batch),generator
-        self.members = [torch.as_tensor(np.flatnonzero(classes==c)) for c in range(len(CLASSES))]
+        self.members = [torch.as_tensor(np.flatnonzero(classes==c)) for c in range(n_classes or classes.max()+1)]
         self.places = class_places(np.array([len(m) for m in self.members]), self.steps, per_class)
     def __len__(self): return self.steps
-    def __iter__(self):
-        shuffled = lambda m: m[torch.randperm(len(m), generator=self.generator)]
-        drawn = torch.cat([torch.cat([shuffled(m) for _ in range(-(-k//len(m)))])[:k] for m,k in zip(self.members, self.places)]) # class after class
+    def _shuffled(self, m): return m[torch.randperm(len(m), generator=self.generator)]
+    def _drawn(self, members, k): # k of them, all of them as often as any other or once less
+        return torch.cat([self._shuffled(members) for _ in range(-(-k//len(members)))])[:k]
+    def __iter__(self): # draws at the first batch: a loader with workers asks for an iterator twice
+        drawn = torch.cat([self._drawn(m, k) for m,k in zip(self.members, self.places)]) # class after class
         seeds = torch.randint(2**63-1, (self.n,), generator=self.generator)
-        dealt = [shuffled(torch.arange(i, self.n, self.steps)) for i in range(self.steps)] # like cards
-        yield from [list(zip(drawn[at].tolist(), seeds[at].tolist())) for at in dealt] # drawn at the first batch: a loader with workers asks for an iterator twice
+        spread = [self._shuffled(torch.arange(i, self.n, self.steps)) for i in range(self.steps)] # every class over all batches
+        yield from [list(zip(drawn[at].tolist(), seeds[at].tolist())) for at in spread]
 
 # %% ../../nbs/03C_training.ipynb #506d5393
 def _stack(items): return torch.stack([i['image'] for i in items]), torch.tensor([i['label'] for i in items])
@@ -197,7 +203,7 @@ def image_loader(
     labels:pd.Series, # class by image name (`class_labels`)
     size:int, # side of the input, in pixels
     geometry:str='squash',
-    augment:bool=False, # the plan's training augmentation
+    augment:bool=False, # `train_transform` in place of `eval_transform`
     shuffle:bool=False,
     batch:int=32,
     seed:int=0, # of order and augmentation
@@ -207,12 +213,15 @@ def image_loader(
 )->DataLoader: # of (images (B, 3, s, s) in [0, 1], labels (B,))
     "Batches of photographs with their classes."
     if lost := [n for n in names if n not in labels.index]: raise ValueError(f"{len(lost)} images have no class: {lost[:3]}")
+    if per_class and not shuffle:
+        raise ValueError(f"per_class is {per_class}, but the order is not to be shuffled: balanced batches are drawn")
     ds = ChurchDataset(churches, names, (train_transform if augment else eval_transform)(size, geometry), labels, prepared)
-    if per_class and not shuffle: raise ValueError(f"per_class is {per_class}, but the order is not to be shuffled: balanced batches are drawn")
     how = dict(collate_fn=_stack, num_workers=workers, pin_memory=torch.cuda.is_available())
     if not augment and not shuffle: return DataLoader(ds, batch, **how)
     order = torch.Generator().manual_seed(seed)
-    if per_class: return DataLoader(SeededPhotographs(ds), batch_sampler=BalancedBatches(labels.loc[list(names)].to_numpy(), batch, order, per_class), generator=order, **how)
+    if per_class:
+        batches = BalancedBatches(labels.loc[list(names)].to_numpy(), batch, order, per_class, labels.max()+1)
+        return DataLoader(SeededPhotographs(ds), batch_sampler=batches, generator=order, **how)
     return DataLoader(SeededPhotographs(ds), batch, sampler=SeededOrder(len(ds), order, shuffle), generator=order, **how)
 
 # %% ../../nbs/03C_training.ipynb #37d6abcd
@@ -227,61 +236,132 @@ def predict(
     out = [(model(x.to(device)).float().cpu(), t) for x,t in loader]
     return torch.cat([o for o,_ in out]), torch.cat([t for _,t in out])
 
-def _validate(model, loader, weight, device, team):
-    logits,t = (torch.cat(parts) for parts in zip(*team.gather(predict(model, loader, device))))
-    true_and_said = t.numpy(),logits.argmax(1).numpy()
-    scores = classification_scores(*true_and_said)|{f'recall_{CLASSES[c].lower()}':r for c,r in class_recalls(*true_and_said).items()}
-    return dict(val_loss=F.cross_entropy(logits, t, weight).item(), **{f'val_{k}':v for k,v in scores.items()})
+# %% ../../nbs/03C_training.ipynb #08ea5317
+class Loaders(NamedTuple):
+    "What a training is fed."
+    train:DataLoader # with a generator of its own
+    val:DataLoader
+    weight:torch.Tensor # (classes,) weights of the loss
+    names:tuple # of the classes
+
+def _validate(model, loaders, device, team):
+    "Loss and scores of an epoch on validation."
+    logits,t = (torch.cat(parts) for parts in zip(*team.gather(predict(model, loaders.val, device))))
+    true,said = t.numpy(),logits.argmax(1).numpy()
+    recalls = {f'recall_{loaders.names[c].lower()}':r for c,r in class_recalls(true, said).items()}
+    return dict(val_loss=F.cross_entropy(logits, t, loaders.weight).item(), **{f'val_{k}':v for k,v in (classification_scores(true, said)|recalls).items()})
+
+# %% ../../nbs/03C_training.ipynb #d0199f1c
+class Objective:
+    "What a training asks at every step, beside the loss of the classes or in its place."
+    replaces = False # True: in place of the loss of the classes
+    @property
+    def key(self): return type(self).__qualname__ # what a checkpoint depends on beside the recipe, in which its numbers stand
+    def __call__(self,
+        forward, # calls the model in the precision of the recipe
+        images:torch.Tensor, # (B, 3, s, s): the batch
+        labels:torch.Tensor, # (B,)
+        step:int, # from 0, over all epochs
+    )->dict: # numbers for the history; one that replaces the loss of the classes says its own as train_loss
+        "Add the gradients of a step."
+        raise NotImplementedError
+
+# %% ../../nbs/03C_training.ipynb #44a31279
+class ClassLoss(Objective):
+    "Weighted cross-entropy of the classes."
+    def __init__(self,
+        model:nn.Module, # as a team wraps it
+        weight:torch.Tensor, # (classes,)
+        team:Team,
+        parts:int=1, # that a batch is computed in
+    ): self.model,self.weight,self.team,self.parts = model,weight,team,parts
+    def __call__(self, forward, images, labels, step):
+        total,loss = self.team.total(self.weight[labels].sum()),0.
+        parts = list(zip(images.chunk(self.parts), labels.chunk(self.parts)))
+        for i,(x,t) in enumerate(parts):
+            with self.team.without_sum(self.model) if i+1<len(parts) else nullcontext():
+                part = F.cross_entropy(forward(x).float(), t, self.weight, reduction='sum')/total
+                (part*self.team.n).backward()
+            loss += part.detach()
+        return dict(train_loss=self.team.total(loss).item())
 
 # %% ../../nbs/03C_training.ipynb #6cf43c94
-def _backward(forward, x, t, weight, recipe, team, objective=None, step=0):
-    "Gradients of one batch; its loss."
-    def run(*args, **kwargs):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision=='bfloat16'): return forward(*args, **kwargs)
-    loss = _of_parts(forward, run, x, t, weight, recipe, team) if objective is None else _of_objective(objective, run, x, t, step)
-    if not math.isfinite(loss): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
-    return loss
+def _in_precision(model, precision):
+    "The model, called in a precision."
+    def forward(images, **how):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision=='bfloat16'): return model(images, **how)
+    return forward
 
-def _of_objective(objective, run, x, t, step):
-    loss = objective(run, x, t, step)
-    loss.backward()
-    return loss.item()
-
-def _of_parts(forward, run, x, t, weight, recipe, team):
-    total,loss = team.total(weight[t].sum()),0.
-    parts = list(zip(x.chunk(recipe.accumulate), t.chunk(recipe.accumulate)))
-    for i,(xs,ts) in enumerate(parts):
-        with team.without_sum(forward) if i+1<len(parts) else nullcontext():
-            part = F.cross_entropy(run(xs).float(), ts, weight, reduction='sum')/total
-            (part*team.n).backward()
-        loss += part.detach()
-    return team.total(loss).item()
+def _gradients(objectives, forward, x, t, step):
+    "Gradients of a batch by all objectives, in their order; numbers for the history."
+    found = {}
+    for objective in objectives:
+        found |= objective(forward, x, t, step)
+        if not math.isfinite(loss := found['train_loss']): raise FloatingPointError(f"the training loss became {loss}: lower the learning rate")
+    return found
 
 # %% ../../nbs/03C_training.ipynb #3529fdea
-def _train_epoch(forward, loader, optimizer, schedule, weight, recipe, device, team, extra=None, objective=None):
-    "One pass: mean loss, mean gradient norm before clipping, images per second."
-    start,losses,norms,sizes,more = time.perf_counter(),[],[],[],[]
+def _train_epoch(objectives, forward, loader, optimizer, schedule, clip, device, team):
+    "One pass: mean loss, mean of what else objectives say, mean gradient norm before clipping, images per second."
+    start,found,norms,sizes = time.perf_counter(),[],[],[]
     params = [p for g in optimizer.param_groups for p in g['params']]
     for x,t in loader:
         optimizer.zero_grad()
-        losses.append(_backward(forward, x.to(device, non_blocking=True), t.to(device), weight, recipe, team, *((objective, schedule.last_epoch) if objective else ())))
-        more.append((dict(objective.parts) if objective else {})|(dict(extra_loss=extra(schedule.last_epoch)) if extra else {}))
-        norm = nn.utils.clip_grad_norm_(params, recipe.clip) if recipe.clip else nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        found.append(_gradients(objectives, forward, x.to(device, non_blocking=True), t.to(device), schedule.last_epoch))
+        norm = nn.utils.clip_grad_norm_(params, clip) if clip else nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         norms.append(norm.item())
         optimizer.step(); schedule.step()
         sizes.append(len(t))
     sizes = np.sum(team.gather(sizes), axis=0)
-    return dict(train_loss=np.average(losses, weights=sizes), **pd.DataFrame(more).mean().to_dict(), grad_norm=np.mean(norms),
+    loss = np.average([f.pop('train_loss') for f in found], weights=sizes)
+    return dict(train_loss=loss, **pd.DataFrame(found).mean().to_dict(), grad_norm=np.mean(norms),
                 images_per_second=sizes.sum()/(time.perf_counter()-start))
 
 # %% ../../nbs/03C_training.ipynb #8f284bc7
-def _keep(checkpoint, team, model, optimizer, order, rows, best_epoch, best):
+@dataclass
+class _Progress:
+    "How far a training has come."
+    rows:list # of the history, one per epoch
+    best:dict # trained tensors after the best epoch on validation
+    best_epoch:int # from 1; 0: none yet
+    def ended(self, recipe):
+        n = len(self.rows)
+        return n>=recipe.epochs or bool(recipe.patience and n and n-self.best_epoch>=recipe.patience)
+    def add(self, row, model): # the first of equally good epochs stays the best
+        self.rows.append(row)
+        score = lambda epoch: self.rows[epoch-1]['val_balanced_accuracy']
+        if not self.best_epoch or score(len(self.rows))>score(self.best_epoch): self.best,self.best_epoch = trained_tensors(model),len(self.rows)
+
+def _load(checkpoint, *parts):
+    "The progress of a checkpoint; of a training that begins, where there is none."
+    notes,best = checkpoint.load(*parts) if checkpoint else (None,{})
+    return _Progress(notes['rows'], best, notes['best_epoch']) if notes else _Progress([], {}, 0)
+
+def _keep(checkpoint, team, model, optimizer, order, progress):
     "Checkpoint and history of a training, written by the first process of its team."
     chance = team.gather(random_state())
     if team.rank: return
-    checkpoint.save(model, optimizer, order, dict(rows=rows, best_epoch=best_epoch), best, chance)
-    write_file(checkpoint.path.with_name('history.csv'), lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+    checkpoint.save(model, optimizer, order, dict(rows=progress.rows, best_epoch=progress.best_epoch), progress.best, chance)
+    write_file(checkpoint.path.with_name('history.csv'), lambda p: pd.DataFrame(progress.rows).to_csv(p, index=False))
 
+# %% ../../nbs/03C_training.ipynb #966eb493
+def _check_objective(objective, model, groups, recipe, team):
+    if team.n>1: raise ValueError(f"an objective is asked in one process, but this training is shared by {team.n} processes: train on one device")
+    if objective.replaces and recipe.accumulate>1:
+        raise ValueError(f"an objective that replaces the loss of the classes sees whole batches, but they come in {recipe.accumulate} parts: "
+                         "use accumulate=1")
+    own = {id(p) for p in model.parameters()}
+    if lost := sum(id(p) not in own for g in groups for p in g['params']):
+        raise ValueError(f"{lost} trained tensors are not part of the model, so that a checkpoint would lose them: make them part of it")
+
+def _training_key(groups, loader, recipe, seed, n, objective=None):
+    "What a training depends on, in short."
+    shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
+    names = getattr(loader.dataset, 'names', len(loader.dataset))
+    if objective: names = names,objective.key
+    return hashlib.sha256(repr((asdict(recipe), seed, shapes, names, n)).encode()).hexdigest()
+
+# %% ../../nbs/03C_training.ipynb #0cb62835
 @dataclass(frozen=True)
 class Trained:
     "What a training leaves; the model itself holds the chosen epoch."
@@ -290,64 +370,50 @@ class Trained:
     best:dict # the same after the best epoch on validation; empty where that is the last
     best_epoch:int # from 1
 
-# %% ../../nbs/03C_training.ipynb #966eb493
-def _check_objective(model, groups, recipe, team):
-    if team.n>1 or recipe.accumulate>1:
-        raise ValueError(f"an objective sees whole batches in one process, but there are {team.n} processes and batches in {recipe.accumulate} parts: train on one device, with accumulate=1")
-    own = {id(p) for p in model.parameters()}
-    if lost := sum(id(p) not in own for g in groups for p in g['params']): raise ValueError(f"{lost} trained tensors are not part of the model, so that a checkpoint would lose them: make them part of it")
-
-def _training_key(groups, loader, recipe, seed, n, extra=None, objective=None):
-    "What a training depends on, in short."
-    shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
-    names = getattr(loader.dataset, 'names', len(loader.dataset))
-    if extra: names = names,extra.names
-    if objective: names = names,type(objective).__qualname__ # its numbers are the recipe's
-    return hashlib.sha256(repr((asdict(recipe), seed, shapes, names, n)).encode()).hexdigest()
+def _trained(model, progress, recipe):
+    "The end of a training: the chosen epoch goes into the model."
+    last = trained_tensors(model)
+    if recipe.select=='best': put_tensors(model, progress.best)
+    model.eval()
+    best = progress.best if progress.best_epoch<len(progress.rows) else {}
+    return Trained(pd.DataFrame(progress.rows).set_index('epoch'), last, best, progress.best_epoch)
 
 # %% ../../nbs/03C_training.ipynb #cc393dce
 def train(
     model:nn.Module, # makes logits from the loaders' inputs
     groups:list, # AdamW parameter groups: dicts with params and lr
-    loaders:tuple, # training and validation loader; the first one with a generator of its own
-    weight:torch.Tensor, # (classes,) weights of the loss
+    loaders:Loaders,
     recipe:Recipe,
     seed:int=0, # of dropout
     device:str='cpu',
-    train_mode=None, # called before each epoch; None: `model.train`
     folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for, and history.csv grows; None: nowhere
-    extra=None, # a further loss: called with the step's number after each batch's gradients, adds its own, returns its value (nan: none); its `names` are the photographs it uses
-    objective=None, # in place of the loss of the classes: called with (model, images, labels, step), returns the loss of the batch; its `parts` are a dict of numbers for the history
+    train_mode=None, # called before each epoch; None: `model.train`
+    objective:Objective=None, # beside the loss of the classes, or in its place
 )->Trained:
     "Train for `recipe.epochs`, or until patience ends, and put the chosen epoch into the model."
-    (training,validation),team = loaders,Team()
+    team,steps = Team(),len(loaders.train)
     groups = [dict(g, params=list(g['params']), initial_lr=g['lr']) for g in groups]
-    if extra and team.n>1: raise ValueError(f"a further loss is computed in one process, but this training is shared by {team.n}: train on one device")
-    if objective: _check_objective(model, groups, recipe, team)
-    mine = team.share(training),team.share(validation, every=False)
-    weight,steps = weight.to(device),recipe.epochs*len(training)
-    key = _training_key(groups, training, recipe, seed, team.n, extra, objective)
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    if objective: _check_objective(objective, model, groups, recipe, team)
+    key = _training_key(groups, loaders.train, recipe, seed, team.n, objective)
     checkpoint = Checkpoint(Path(folder)/'checkpoint.safetensors', key) if folder else None
-    forward = torch.compile(team.wrap(model)) if recipe.compiled else team.wrap(model)
+    mine = loaders._replace(train=team.share(loaders.train), val=team.share(loaders.val, every=False))
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    wrapped = torch.compile(team.wrap(model)) if recipe.compiled else team.wrap(model)
+    objectives = [] if objective and objective.replaces else [ClassLoss(wrapped, loaders.weight.to(device), team, recipe.accumulate)]
+    if objective: objectives.append(objective)
     with torch.random.fork_rng(devices=[torch.device(device)] if str(device).startswith('cuda') else []):
         torch.manual_seed(seed+1_000_003*team.rank) # processes drop out different things
-        notes,best = checkpoint.load(model, optimizer, training.generator, team.rank) if checkpoint else (None,{})
-        rows = notes['rows'] if notes else []
-        best_epoch = notes['best_epoch'] if notes else 0
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, steps, recipe.warmup), last_epoch=len(rows)*len(training)-1)
-        while len(rows)<recipe.epochs and not (recipe.patience and rows and len(rows)-best_epoch>=recipe.patience):
+        progress = _load(checkpoint, model, optimizer, loaders.train.generator, team.rank)
+        factor = lambda step: lr_factor(step, recipe.epochs*steps, recipe.warmup)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=len(progress.rows)*steps-1)
+        while not progress.ended(recipe):
             (train_mode or model.train)()
             rates = {f"lr_{g.get('name', i)}":g['lr'] for i,g in enumerate(optimizer.param_groups)}
-            row = dict(epoch=len(rows)+1, **_train_epoch(forward, mine[0], optimizer, schedule, weight, recipe, device, team, extra, objective), **rates)
-            rows.append(row|_validate(model, mine[1], weight.cpu(), device, team))
-            score = 'val_balanced_accuracy'
-            if not best_epoch or rows[-1][score]>rows[best_epoch-1][score]: best,best_epoch = trained_tensors(model),len(rows)
-            if checkpoint: _keep(checkpoint, team, model, optimizer, training.generator, rows, best_epoch, best)
-    last = trained_tensors(model)
-    if recipe.select=='best': put_tensors(model, best)
-    model.eval()
-    return Trained(pd.DataFrame(rows).set_index('epoch'), last, best if best_epoch<len(rows) else {}, best_epoch)
+            forward = _in_precision(wrapped, recipe.precision)
+            row = _train_epoch(objectives, forward, mine.train, optimizer, schedule, recipe.clip, device, team)
+            progress.add(dict(epoch=len(progress.rows)+1, **row, **rates, **_validate(model, mine, device, team)), model)
+            if checkpoint: _keep(checkpoint, team, model, optimizer, loaders.train.generator, progress)
+    return _trained(model, progress, recipe)
 
 # %% ../../nbs/03C_training.ipynb #fb20a8f6
 @dataclass(frozen=True)
@@ -355,17 +421,21 @@ class Fitted:
     "A fine-tuned model, ready to be measured: adapters are merged, everything is in evaluation mode."
     backbone:nn.Module
     classifier:nn.Linear
+    names:tuple # of its classes
     history:pd.DataFrame # of `train`
     state:dict # name -> tensor: what was trained, for a safetensors file
     n_trainable:int # number of trained weights
-    other:dict = field(default_factory=dict) # as `state`, of the epoch that was not chosen: the best or the last; empty where they are one
+    other:dict = field(default_factory=dict) # as `state`, of the best epoch or the last, whichever was not chosen; empty where they are one
     best_epoch:int=0 # of the highest balanced accuracy on validation, from 1; 0 where nothing was trained in epochs
     held_out:tuple=() # evaluation images whose boxes the training did not use; empty where it used no box at all
 
-    def predictions(self, loader:DataLoader, device:str='cpu')->pd.DataFrame: # image, label, predicted, and the probability of each style; of a loader without shuffling
+    def predictions(self,
+        loader:DataLoader, # without shuffling
+        device:str='cpu',
+    )->pd.DataFrame: # image, label, predicted, and the probability of each class
         logits,t = predict(StyleModel(self.backbone, self.classifier).to(device), loader, device)
         table = pd.DataFrame(dict(image=loader.dataset.names, label=t.numpy(), predicted=logits.argmax(1).numpy()))
-        return table.join(pd.DataFrame(logits.softmax(1).numpy(), columns=[f'p_{c.lower()}' for c in CLASSES]))
+        return table.join(pd.DataFrame(logits.softmax(1).numpy(), columns=[f'p_{c.lower()}' for c in self.names]))
     def scores(self, loader:DataLoader, device:str='cpu')->dict: # accuracy, balanced_accuracy, macro_f1
         p = self.predictions(loader, device)
         return classification_scores(p.label, p.predicted)
@@ -385,6 +455,18 @@ def both_states(
     other = state()
     put_tensors(model, mine)
     return chosen,other
+
+def as_fitted(
+    model:nn.Module, # after `train`: a `StyleModel`
+    trained:Trained,
+    recipe:Recipe,
+    names:tuple, # of its classes
+    state, # function without arguments: the tensors to be stored, of what the model holds
+)->Fitted:
+    "What a tier returns of a training."
+    n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    chosen,other = both_states(model, trained, recipe, state)
+    return Fitted(model.backbone, model.classifier, names, trained.history, chosen, n, other, trained.best_epoch)
 
 # %% ../../nbs/03C_training.ipynb #3f6e8010
 def classifier_state(
@@ -425,25 +507,40 @@ class TrainData:
     size:int # side of the input, in pixels
     geometry:str='squash'
     workers:int=0 # processes that decode photographs
-    classes:pd.Series=None # class 0..3 by image file name, to be learned in place of the styles: of a control
-    names:tuple=CLASSES # of the classes, at most four
+    classes:pd.Series=None # class by image file name, to be learned in place of the styles: of a control
+    names:tuple=() # of the classes; none: those of the churches
 
+    def __post_init__(self):
+        if not self.names: object.__setattr__(self, 'names', self.churches.class_names)
     @property
     def labels(self)->pd.Series: return class_labels(self.churches, self.split.labels) if self.classes is None else self.classes
-    def weight(self, recipe:Recipe)->torch.Tensor: # weights of the loss
-        y,w = self.labels.loc[list(self.split.train)].to_numpy(),torch.ones(len(CLASSES))
+    def steps(self, recipe:Recipe)->int: return recipe.epochs*-(-len(self.split.train)//recipe.batch) # of a training
+    def weight(self, recipe:Recipe)->torch.Tensor: # (classes,) weights of the loss
+        y,w = self.labels.loc[list(self.split.train)].to_numpy(),torch.ones(len(self.names))
         if recipe.class_weights=='none': return w
-        if self.classes is None: return class_weights(y) # every style needs some
+        if self.classes is None: return class_weights(y, self.names) # every style needs some
         seen,place = np.unique(y, return_inverse=True)
-        w[seen] = class_weights(place, len(seen))
+        w[seen] = class_weights(place, [self.names[i] for i in seen])
         return w
-    def loader(self,
-        part:str, # 'train', 'val', 'eval' or 'test'; the first two read prepared copies where there are any
-        batch:int=32,
-        **kwargs, # of `image_loader`: augment, shuffle, seed, per_class
-    )->DataLoader:
-        names = getattr(self.split, part)
-        return image_loader(self.churches, names, self.labels, self.size, self.geometry, batch=batch, workers=self.workers,
-                            prepared=part in ('train','val'), **kwargs)
-    def loaders(self, recipe:Recipe, seed:int, per_class:int=0)->tuple: # training (shuffled or balanced, augmented if the recipe says so) and validation loader
-        return self.loader('train', recipe.batch, augment=recipe.augment, shuffle=True, seed=seed, per_class=per_class), self.loader('val', recipe.batch)
+
+# %% ../../nbs/03C_training.ipynb #9ddc8c20
+@patch
+def loader(self:TrainData,
+    part:str, # 'train', 'val', 'eval' or 'test'; the first two read prepared copies where there are any
+    batch:int=32,
+    **kwargs, # of `image_loader`: augment, shuffle, seed, per_class
+)->DataLoader:
+    "Photographs of a part, with their classes."
+    names = getattr(self.split, part)
+    return image_loader(self.churches, names, self.labels, self.size, self.geometry, batch=batch, workers=self.workers,
+                        prepared=part in ('train','val'), **kwargs)
+
+@patch
+def loaders(self:TrainData,
+    recipe:Recipe,
+    seed:int, # of order and augmentation
+    per_class:int=0, # see `BalancedBatches`
+)->Loaders: # training photographs shuffled or balanced, augmented if the recipe says so
+    "What a training of this data is fed."
+    training = self.loader('train', recipe.batch, augment=recipe.augment, shuffle=True, seed=seed, per_class=per_class)
+    return Loaders(training, self.loader('val', recipe.batch), self.weight(recipe), self.names)

@@ -10,6 +10,7 @@ import warnings
 import numpy as np, pandas as pd, scipy
 from functools import lru_cache
 from itertools import combinations
+from ..finetune.tiers import LINEAR
 from .shift import CONSTANT, IDENTICAL, by_church, check_scores, holm, paired_shift
 
 # %% ../../nbs/05d_seeds.ipynb #21257208
@@ -107,7 +108,7 @@ def contrasts(
 )->pd.DataFrame: # model, tier, minus, n, unit, difference, low, high, d_z, t, p, p_holm, note
     "Shift of a tier minus shift of another, paired by church; Holm over all models and pairs of tiers but linear."
     means,rows = by_church(check_scores(scores), ['model','tier']),[]
-    tuned = scores[scores.tier!='linear']
+    tuned = scores[scores.tier!=LINEAR]
     for model,m in tuned.groupby('model', sort=False):
         shifts = {t:(c := means.loc[(model,t)]).after-c.before for t in m.tier.unique()}
         for a,b in combinations(shifts, 2):

@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'IDENTICAL', 'CONSTANT', 'COLUMNS', 'TIER_ORDER', 'hedges_fa
 import os
 import numpy as np, pandas as pd, scipy
 from functools import lru_cache
+from ..finetune.tiers import LINEAR
 
 # %% ../../nbs/05_iou_stats.ipynb #990e03b2
 def hedges_factor(
@@ -162,14 +163,15 @@ def holm(
     return pd.Series(out, p.index)
 
 # %% ../../nbs/05_iou_stats.ipynb #423046b4
-TIER_ORDER = ('linear','lora','full') # other tiers follow in the order in which they come
+TIER_ORDER = (LINEAR,'lora','full') # other tiers follow in the order in which they come
 
 def in_order(
     groups:list, # of ((model, tier), rows), such as a `groupby` gives
 )->list:
     "Groups by model and tier: models as they come, their tiers in `TIER_ORDER`."
     groups = [*groups]
-    models,tiers = ([*dict.fromkeys(c)] for c in ([k[0] for k,_ in groups], [*TIER_ORDER, *(k[1] for k,_ in groups)]))
+    models = [*dict.fromkeys(model for (model,_),_ in groups)]
+    tiers = [*dict.fromkeys([*TIER_ORDER, *(tier for (_,tier),_ in groups)])]
     return sorted(groups, key=lambda g: (models.index(g[0][0]), tiers.index(g[0][1])))
 
 # %% ../../nbs/05_iou_stats.ipynb #2d8f083b
@@ -186,7 +188,7 @@ def shift_table(
     means = by_church(scores, ['model','tier'])
     pairs = [means.loc[k] for k,_ in groups] # of the same churches: `check_scores` has seen to it
     ends = np.transpose(bca_interval(np.stack([p.after-p.before for p in pairs], 1), seed)) if len(pairs[0])>2 else np.zeros((len(pairs),2))
-    rows = [_linear_row(g, p) if t=='linear' else _row(*_pairs(p.before, p.after), *e) for ((_,t),g),p,e in zip(groups, pairs, ends)]
+    rows = [_linear_row(g, p) if t==LINEAR else _row(*_pairs(p.before, p.after), *e) for ((_,t),g),p,e in zip(groups, pairs, ends)]
     table = pd.DataFrame([dict(model=m, tier=t, seeds=g.seed.nunique(), **r) for ((m,t),g),r in zip(groups, rows)])
     table = table.reindex(columns=['model','tier','n','seeds','before','after','shift','low','high','d_z','d_av','t','p','p_holm','note'])
     return table.assign(p_holm=holm(table.p)) # linear rows have no p
@@ -243,6 +245,6 @@ def readable_table(
     out = table.copy()
     for c in [c for c in out if c in forms]: out[c] = ['' if pd.isna(v) else format(v, forms[c]) for v in table[c]]
     for c in ('p','p_holm'): out[c] = out[c].where(~(table[c]<.001), '<0.001')
-    linear = table.tier=='linear'
+    linear = table.tier==LINEAR
     out.loc[linear, 'shift'],out.loc[linear, ['low','high']] = '0',''
     return out.set_index(['model','tier']).fillna('')

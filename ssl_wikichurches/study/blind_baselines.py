@@ -15,7 +15,7 @@ from scipy import stats
 from ..attention.capture import pooled_maps
 from ..backbones.encoders import load_backbone
 from ..attention.baselines import baseline_maps, other_maps, random_maps, suppress_border
-from ..finetune.controls import random_twin
+from ..finetune.controls import randomly_initialized
 from ..stats.shift import CONSTANT, holm, paired_shift
 from ..attention.metrics import PRIMARY, n_kept, upsample
 from ..attention.plots import model_color
@@ -71,7 +71,7 @@ def _random_scores(opened, seen, grid, metric, seed):
 
 def _untrained(seen, backbone, seed, block, device, batch=32):
     "(n, g, g) map of the same architecture with random weights, rounded as stored maps are."
-    model = random_twin(backbone, seed).to(device)
+    model = randomly_initialized(backbone, seed).to(device)
     return torch.cat([pooled_maps(model, x.to(device))[:,block].half().float().mean(1).cpu() for x in seen.images.split(batch)])
 
 # %% ../../nbs/06h_blind_baselines.ipynb #76c69c3f

@@ -21,7 +21,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from tqdm import tqdm
 from ..data.files import available_cores, read_tensors, worker_pool, write_file, write_json, write_tensors
 from ..backbones.encoders import Backbone, load_backbone
-from ..data.churches import CLASSES, ChurchDataset, Churches, box_mask, eval_transform
+from ..data.churches import ChurchDataset, Churches, box_mask, eval_transform
 from ..finetune.devices import Team, launch
 from ..data.download import load_churches
 from ..finetune.tiers import CONTROLS, FROZEN, tier_method
@@ -30,7 +30,7 @@ from ..backbones.forgetting import run_features, save_features
 from ..attention.maps import StoredMaps, compute_maps, join_maps, save_maps
 from ..attention.scores import score_maps
 from ..data.splits import Split, NO_PAIRS, class_labels, evaluation_split, load_split, make_split, save_split, study_split
-from .plan import Run, RunsFailed, Study, study_runs
+from .plan import Run, RunsFailed, Study, one_line, study_runs
 
 # %% ../../nbs/06b_runs.ipynb #06b00002
 def data_key(
@@ -124,13 +124,11 @@ def _fit(run, data, backbone, folder, device):
     recipe = tier.recipe(**run.recipe)
     fitted = tier.fit(backbone, data, recipe, run.seed, device, folder)
     if (team := Team()).rank: return fitted.backbone,{}
-    classes = [*data.names,*['none']*(len(CLASSES)-len(data.names))] # outputs of the classifier that nothing asks for
-    as_asked = {f'{k}_{a.lower()}':f'{k}_{b.lower()}' for k in ('p','val_recall') for a,b in zip(CLASSES, classes)}
-    write_file(folder/'history.csv', lambda p: fitted.history.rename(columns=as_asked).to_csv(p))
+    write_file(folder/'history.csv', fitted.history.to_csv)
     write_tensors(folder/'model.safetensors', fitted.state)
     if fitted.other: write_tensors(folder/('last.safetensors' if recipe.select=='best' else 'best.safetensors'), fitted.other)
     said = pd.concat([fitted.predictions(data.loader(p), device).assign(part=p) for p in ('val','eval','test') if getattr(data.split, p)])
-    write_file(folder/'predictions.csv', lambda p: said.rename(columns=as_asked).to_csv(p, index=False, float_format='%.6g'))
+    write_file(folder/'predictions.csv', lambda p: said.to_csv(p, index=False, float_format='%.6g'))
     scores = {p:classification_scores(d.label, d.predicted) for p,d in said.groupby('part', sort=False)}
     facts = dict(n_trainable=fitted.n_trainable, scores=scores, epochs=len(fitted.history), best_epoch=fitted.best_epoch, processes=team.n, held_out=[*fitted.held_out], classes=[*data.names])
     return fitted.backbone,facts
@@ -199,13 +197,16 @@ def _kept_messages():
 # %% ../../nbs/06b_runs.ipynb #e0000003
 ERROR = 'error.txt' # in the folder of a run whose last attempt failed
 
+def _now(): return time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())
+
 def _error_text(run, error, messages, **facts):
     "All that is known of a failure."
     calls = ''.join(traceback.format_exception(error))
     depends = json.dumps(facts|dict(run=asdict(run), versions=versions()), indent=1)
-    return '\n'.join([f"{run.name} failed at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC", '', calls,
+    return '\n'.join([f"{run.name} failed at {_now()}", '', calls,
                       'Warnings and messages before it:', *(messages or ['none']), '', 'What the run depended on:', depends, ''])
 
+# %% ../../nbs/06b_runs.ipynb #e0000013
 @contextmanager
 def trace_kept(
     folder:Path, # of a run
@@ -312,19 +313,16 @@ def _study_split(study, root, churches, progress):
     return split
 
 # %% ../../nbs/06b_runs.ipynb #4e2f0001
-def _one_line(error):
-    "What an exception says, in one line; of a traceback that came from another process its last one."
-    lines = [l.strip() for l in str(error).splitlines() if l.strip()] or ['']
-    return f"{type(error).__name__}: {lines[-1 if any(l.startswith('Traceback') for l in lines) else 0]}"
-
 def _note_death(root, names, since):
     "Tell the folders of runs that had begun that a worker died; which run it had is not known."
     for folder in (root/n for n in names):
         begun = folder/'recipe.json'
         if (folder/'run.json').is_file() or not begun.is_file() or begun.stat().st_mtime<since: continue
-        said = f"at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC a worker process died, which leaves no traceback. It had this run, or one that ran beside it.\n"
-        write_file(folder/ERROR, lambda p: p.write_text(said+"Most often the memory was full: start the study again, with fewer workers.\n", encoding='utf-8'))
+        said = (f"at {_now()} a worker process died, which leaves no traceback. It had this run, or one that ran beside it.\n"
+                "Most often the memory was full: start the study again, with fewer workers.\n")
+        write_file(folder/ERROR, lambda p: p.write_text(said, encoding='utf-8'))
 
+# %% ../../nbs/06b_runs.ipynb #4e2f0002
 def _finish(futures, root, bar):
     "Wait for all; one that fails does not stop the others."
     failed,since = {},(root/'study.json').stat().st_mtime # written last before the runs
@@ -339,7 +337,7 @@ def _finish(futures, root, bar):
     if not failed: return
     where = lambda name: f' (see {p})' if (p := root/name/ERROR).is_file() else ''
     raise RunsFailed(f"{len(failed)} of {len(futures)} runs failed; the others are kept. "
-                     +'; '.join(f'{n}: {_one_line(e)}{where(n)}' for n,e in failed.items())) from next(iter(failed.values()))
+                     +'; '.join(f'{n}: {one_line(e)}{where(n)}' for n,e in failed.items())) from next(iter(failed.values()))
 
 # %% ../../nbs/06b_runs.ipynb #c853f5d0
 def run_study(

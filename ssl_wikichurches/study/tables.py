@@ -139,7 +139,7 @@ def robustness_table(
     rows = pd.concat([_by_metric(opened, m) for m in metrics])[columns]
     return benjamini_hochberg(rows.sort_index(kind='stable').reset_index(drop=True)) # metric after metric for each model and tier
 
-# %% ../../nbs/06e_tables.ipynb #4ec63813
+# %% ../../nbs/06e_tables.ipynb #75fd7f1b
 def _style_model(opened, run, device):
     backbone,classifier = opened.model(run)
     return StyleModel(backbone, classifier).requires_grad_(False).eval().to(device)
@@ -160,7 +160,7 @@ def study_faithfulness(
     names = [i['name'] for i in known]
     matched = matched_sets([i['boxes'] for i in known], names, spec.size, n, seed)
     x,t = torch.stack([i['image'] for i in known]),torch.tensor([i['label'] for i in known])
-    return before_and_after(before, after, x, matched, t, names, color=spec.mean, device=device, seed=seed)
+    return before_and_after(before, after, x, matched, t, names, opened.groups(names), color=spec.mean, device=device, seed=seed)
 
 # %% ../../nbs/06e_tables.ipynb #8c64c51d
 def frozen_table(
