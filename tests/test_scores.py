@@ -1,11 +1,14 @@
 "The table of all metrics: against single calls, in any order, memory, device and number of threads; by part; from files; on real photographs."
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.attention.baselines import baseline_maps
+from ssl_wikichurches.attention.capture import pooled_maps
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.data.churches import ChurchDataset, box_mask, eval_transform, read_churches
 from ssl_wikichurches.attention.saliency_metrics import (area_matched_iou, average_precision, best_box, box_masks, box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game,
     rank_accuracy, shuffled_auroc, similarity, soft_target)
 from ssl_wikichurches.attention.metrics import auroc, coverage, iou_at_percentile, iou_ceiling, iou_chance, upsample
-from ssl_wikichurches.attention.scores import BYTES_PER_PIXEL, METRICS, ScoreOptions, metric_names, read_boxes, read_maps, score_maps
+from ssl_wikichurches.attention.scores import BYTES_PER_PIXEL, METRICS, Metric, ScoreOptions, higher_is_better, image_iou, metric_names, read_boxes, read_maps, score_maps
 
 T,KEY = torch.tensor,['image','block','head','metric']
 close = lambda x, y, tol=1e-9: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tol, rtol=0)
@@ -40,6 +43,24 @@ def test_table_equals_single_calls():
                 assert row.chance[name,block,head,'pointing@2']==pytest.approx(dilate(m, 2).double().mean().item(), abs=1e-12)
     lower = row.index.get_level_values('metric').isin(['kl','emd'])
     assert (np.where(lower, row.value-row.ceiling, row.ceiling-row.value)>=-1e-9).all()
+
+def test_a_metric_is_one_record(monkeypatch):
+    "What stands in the table is asked for, scored, and given the levels of even attention and of the target."
+    maps,boxes,names = some()
+    monkeypatch.setitem(METRICS, 'peak', Metric('peak', 'largest value', lambda c: c.maps.patches.amax((-2,-1)).double(), better='lower', patches=True))
+    table = score_maps(maps, boxes, names, 24, only=['peak']); assert {*table.metric}=={'peak'} and not higher_is_better('peak')
+    close(table[table['head']=='2'].value, maps[:,:,2].amax((-2,-1)).flatten())
+    assert (table.chance==1).all(); close(table[(table.block==0)&(table['head']=='mean')].ceiling, [soft_target(box_mask(b, 24), 6).max() for b in boxes])
+    assert metric_names()[-1]=='peak' and 'peak' in {*score_maps(maps, boxes, names, 24).metric}
+
+def test_iou_of_a_backbone():
+    churches = load_churches('synthetic'); names = [*churches.boxes.image.unique()[:3], churches.images.index.difference(churches.boxes.image)[0]]
+    ds,b = ChurchDataset(churches, names, eval_transform(96)),load_backbone('tiny-clip').requires_grad_(False)
+    for q in (90, 70):
+        found = image_iou(b, ds, q, batch=2); assert [*found.index]==names[:3]
+        for item in [*ds][:3]:
+            heat = upsample(pooled_maps(b, item['image'][None]).half().float()[0,-1].mean(0), 96)
+            assert found[item['name']]==pytest.approx(iou_at_percentile(heat, box_mask(item['boxes'], 96), q).item(), abs=2e-3)
 
 def test_memory_and_threads_change_nothing():
     maps,boxes,names = some(); one = BYTES_PER_PIXEL*24*24; threads = torch.get_num_threads(); tables = []

@@ -207,6 +207,7 @@ def metric_names(
     "All metrics under these settings."
     return tuple(name for m in METRICS.values() for name in m.named(options))
 
+# %% ../../nbs/02e_scores.ipynb #bba67ddb
 def find_metric(
     name:str, # such as 'iou@90', 'auroc', or 'iou' without a setting
 )->Metric:
@@ -222,21 +223,24 @@ def higher_is_better(
     "Whether a higher score means better agreement."
     return find_metric(metric).better=='higher'
 
+# %% ../../nbs/02e_scores.ipynb #aae3b366
 COMPANIONS = (PRIMARY, *(name for m in METRICS.values() if m.companion for name in m.named(ScoreOptions())))
 
 # %% ../../nbs/02e_scores.ipynb #45a51de8
+def _wanted(name, only): return not only or name in only or name.partition('@')[0] in only
+
 def _asked(target, only, patches):
     "Full name -> metric and its setting: of those that are asked for, and defined for these boxes."
     return {name:(m,setting) for m in METRICS.values() if m.patches==patches for name,setting in m.named(target.options).items()
             if _wanted(name, only) and (not m.others or target.others is not None) and m.possible(target)}
 
-def _wanted(name, only): return not only or name in only or name.partition('@')[0] in only
-
+# %% ../../nbs/02e_scores.ipynb #677a569d
 def _scores(maps, target, asked):
     "Full name -> values (m), and the numbers (m) on which their levels depend, or None."
     c = Comparison(maps, target)
     return {name:(m.score(c, *setting), m.per_map(c) if m.per_map else None) for name,(m,setting) in asked.items()}
 
+# %% ../../nbs/02e_scores.ipynb #11b8fa86
 def _levels(metric, setting, target, numbers):
     "Chance and ceiling: two numbers, or two arrays (m) where they depend on the map."
     if numbers is not None:
@@ -294,6 +298,7 @@ def _check_counts(maps, boxes, names, groups, parts):
         if given is not None and len(given)!=len(names): raise ValueError(f"{len(given)} {what} for {len(names)} images: expected one for each")
     if len(set(names))<len(names): raise ValueError("two images have the same name")
 
+# %% ../../nbs/02e_scores.ipynb #91598891
 def _check_boxes(name, boxes, parts, size):
     if boxes.ndim!=2 or boxes.shape[-1]!=4 or not len(boxes):
         raise ValueError(f"{name}: boxes are {tuple(boxes.shape)}: expected (b, 4), at least one; leave out images without a box")
@@ -314,6 +319,7 @@ def _densities(boxes, size, groups, only, options):
     others = loo_prior(torch.stack([box_mask(b.cpu(), size) for b in boxes]), groups, eps=0)
     return others,mix_even(others.flatten(1), options.prior_eps).reshape(others.shape)
 
+# %% ../../nbs/02e_scores.ipynb #c115bd20
 def _in_threads(f, n):
     "[f(0), ..., f(n-1)], on as many threads as PyTorch has, each of which computes alone."
     threads = torch.get_num_threads()
