@@ -285,7 +285,8 @@ def matched_boxes(
     off = lambda s: abs(box_mask(s, size).sum().item()/union.sum().item()-1)
     while len(sets)<n and not note:
         found = (_place(_groups(rects) if together else alone, rects, union, together, generator) for _ in range(tries))
-        if (chosen := next((s for s in found if s is not None and off(s)<=tolerance), None)) is None: note = f"no {'further ' if sets else ''}set in {tries} tries"
+        chosen = next((s for s in found if s is not None and off(s)<=tolerance), None)
+        if chosen is None: note = f"no {'further ' if sets else ''}set in {tries} tries"
         else: sets.append(chosen)
     return Matched(size, rects, torch.stack(sets) if sets else rects.new_zeros(0, *rects.shape), note)
 
@@ -337,7 +338,7 @@ def box_test(
     color:tuple=None, # see `blank_images`
     batch:int=32, # images in one forward pass
     device:str='cpu', # where the model is
-)->pd.DataFrame: # a row per image and output: probability and correct of the photograph; boxes, area (share); n sets; drop, matched, difference, beaten, p; note
+)->pd.DataFrame: # per image and output: probability, correct (of the photograph), boxes, area, n (sets), drop, matched, difference, beaten, p, note
     "Does occluding the expert boxes cost the true class more than occluding matched boxes elsewhere?"
     _check_question(model, images, labels, names, groups)
     if [m.size for m in matched]!=[images.shape[-1]]*len(images):
@@ -345,7 +346,8 @@ def box_test(
                          f"{sorted({m.size for m in matched})}: match boxes at the images' size")
     whole,lost = _drops(model, images, matched, labels, fill, color, batch, device)
     p,said = _of_class(whole.softmax(1), labels).tolist(),(whole.argmax(1)==labels).tolist()
-    about = [dict(image=name, church=group, label=int(c), probability=q, correct=right, boxes=len(m.experts), area=box_mask(m.experts, m.size).double().mean().item(), note=m.note)
+    about = [dict(image=name, church=group, label=int(c), probability=q, correct=right, boxes=len(m.experts),
+                  area=box_mask(m.experts, m.size).double().mean().item(), note=m.note)
              for name,group,c,q,right,m in zip(names, groups, labels, p, said, matched)]
     rows = [a|dict(output=k)|_against(d[0], d[1:]) for k,drops in lost.items() for a,d in zip(about, drops)]
     return pd.DataFrame(rows)[[*about[0]][:-1]+['output','n','drop','matched','difference','beaten','p','note']]
@@ -362,7 +364,7 @@ def box_summary(
     results:pd.DataFrame, # of `box_test`, of one model
     classes:tuple, # names of the classes, in class order (`Churches.class_names`)
     seed:int=0, # of the bootstrap
-)->pd.DataFrame: # per output and style ('all' first): images, no_room, n (churches), drop, matched, difference, low, high, d_z, p, p_holm over styles, beaten, note
+)->pd.DataFrame: # per output and style, 'all' first: images, no_room, n (churches), drop, matched, difference, low, high, d_z, p, p_holm, beaten, note
     "Experts' boxes against matched boxes, paired by church: `paired_shift` with BCa intervals."
     if results.duplicated(['image','output']).any(): raise ValueError("an image stands twice: a summary is of one model, so choose its rows first")
     rows = []

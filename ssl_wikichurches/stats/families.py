@@ -12,10 +12,12 @@ from .tests import EXACT, resampled_t, sign_patterns
 
 # %% ../../nbs/05c_families.ipynb #e7700a35
 def _family(d):
-    if not isinstance(d, pd.DataFrame): raise ValueError(f"the family is a {type(d).__name__}: expected a DataFrame, one row per church and one column per comparison")
+    if not isinstance(d, pd.DataFrame):
+        raise ValueError(f"the family is a {type(d).__name__}: expected a DataFrame, one row per church and one column per comparison")
     if len(d)<3: raise ValueError(f"{len(d)} churches: a shift needs at least 3")
     if not d.columns.is_unique: raise ValueError("two comparisons have the same name: expected unique columns")
-    if not np.isfinite(d.to_numpy(float)).all(): raise ValueError("the family holds shifts that are not finite: leave those churches out of all comparisons")
+    if not np.isfinite(d.to_numpy(float)).all():
+        raise ValueError("the family holds shifts that are not finite: leave those churches out of all comparisons")
     return d.to_numpy(float)
 
 # %% ../../nbs/05c_families.ipynb #b0108e9f
@@ -45,7 +47,8 @@ def max_t(
     if method not in ('flip','bootstrap'): raise ValueError(f"method is {method!r}: expected one of 'flip' and 'bootstrap'")
     x = _family(d); x = x[np.lexsort(np.abs(x).T)]; n,flip = len(x),method=='flip'
     ss = (x*x).sum(0); moved = np.flatnonzero(ss>0 if flip else np.ptp(x, axis=0)>1e-12)
-    table = _labels(d.columns, 'comparison').assign(n=n, unit='score', estimate=x.mean(0), t=np.nan, p=np.nan, p_max_t=np.nan, p_step_down=np.nan, patterns=0, note=np.where(ss>0, CONSTANT, IDENTICAL))
+    empty = dict.fromkeys(('t','p','p_max_t','p_step_down'), np.nan)
+    table = _labels(d.columns, 'comparison').assign(n=n, unit='score', estimate=x.mean(0), **empty, patterns=0, note=np.where(ss>0, CONSTANT, IDENTICAL))
     if not len(moved): return table
     signed = x[:,moved].sum(0)/np.sqrt(ss[moved])
     with np.errstate(divide='ignore'): t = signed*np.sqrt((n-1)/np.maximum(n-signed**2, 0))
@@ -85,5 +88,6 @@ def split_half_heads(
         order = rng.permutation(n); a,b = x[order[:half]], x[order[half:]]
         best = a.mean(0).argmax(); held = b[:,best]
         reach = scipy.stats.t.ppf(.975, len(b)-1)*held.std(ddof=1)/len(b)**.5
-        rows.append(dict(repeat=k)|labels[best]|dict(n_chosen=half, n=len(b), unit='score', chosen=a[:,best].mean(), estimate=held.mean(), low=held.mean()-reach, high=held.mean()+reach))
+        rows.append(dict(repeat=k)|labels[best]|dict(n_chosen=half, n=len(b), unit='score', chosen=a[:,best].mean(),
+                                                     estimate=held.mean(), low=held.mean()-reach, high=held.mean()+reach))
     return pd.DataFrame(rows)

@@ -74,7 +74,8 @@ def seed_variance(
     mean_squares = np.array([k*churches.var(ddof=1), n*seeds.var(ddof=1), (rest**2).sum()/((n-1)*(k-1))])
     dfs = np.array([n-1, k-1, (n-1)*(k-1)])
     total = mean_squares@[1,1,-1]
-    table = pd.DataFrame(dict(source=['churches','seeds','both'], n=n, seeds=k, unit='score', estimate=x.mean(), sd=[churches.std(ddof=1),seeds.std(ddof=1),np.nan],
+    table = pd.DataFrame(dict(source=['churches','seeds','both'], n=n, seeds=k, unit='score', estimate=x.mean(),
+                              sd=[churches.std(ddof=1),seeds.std(ddof=1),np.nan],
                               se=np.sqrt(np.maximum([*mean_squares[:2],total], [0,0,mean_squares[:2].max()])/(n*k)),
                               df=[n-1, k-1, total**2/(mean_squares**2/dfs).sum() if x.any() else np.nan], note='' if x.any() else IDENTICAL))
     if not x.any(): table['se'] = np.nan
@@ -91,7 +92,8 @@ def clustered_shift(
     "Mean shift with a cluster-robust standard error and one degree of freedom less than clusters (Cameron and Miller, 2015)."
     from statsmodels.regression.linear_model import OLS
     before,after,cluster = np.asarray(before, float),np.asarray(after, float),pd.factorize(np.asarray(cluster))[0]
-    if before.shape!=after.shape or before.shape!=cluster.shape or before.ndim!=1: raise ValueError(f"before is {before.shape}, after {after.shape}, cluster {cluster.shape}: expected three vectors of one length")
+    if before.shape!=after.shape or before.shape!=cluster.shape or before.ndim!=1:
+        raise ValueError(f"before is {before.shape}, after {after.shape}, cluster {cluster.shape}: expected three vectors of one length")
     if not np.isfinite([before,after]).all(): raise ValueError("scores hold values that are not finite: leave those churches out of both")
     d,k = after-before,len(np.unique(cluster))
     if k<2: raise ValueError(f"{k} clusters: a spread between them needs at least 2")
@@ -121,10 +123,12 @@ def contrasts(
 
 # %% ../../nbs/05d_seeds.ipynb #bb5ff8b7
 def _moderation_rows(table):
-    if missing := [c for c in ('shift','style','area','church') if c not in table]: raise ValueError(f"the table lacks the columns {missing}: expected shift, style, area and church")
+    if missing := [c for c in ('shift','style','area','church') if c not in table]:
+        raise ValueError(f"the table lacks the columns {missing}: expected shift, style, area and church")
     if not np.isfinite(table[['shift','area']]).all(axis=None): raise ValueError("shifts or areas are not finite: leave those images out")
     if not (table.area>0).all(): raise ValueError(f"{(table.area<=0).sum()} areas are not positive: an image without boxes has no shift")
-    if not table.church.duplicated().any(): raise ValueError("every church has one row: a random intercept of church needs several, so give one row per seed or photograph")
+    if not table.church.duplicated().any():
+        raise ValueError("every church has one row: a random intercept of church needs several, so give one row per seed or photograph")
     if table['style'].nunique()<2: raise ValueError("one style: nothing to compare")
     if np.ptp(table['shift'])<=1e-12: raise ValueError("every shift is the same: nothing to explain")
     scale = table['shift'].std()
@@ -146,8 +150,11 @@ def moderation(
         fit = mixedlm(f"scaled ~ C(style, Treatment({reference!r})) + log_area", rows, groups=rows.church).fit(reml=True)
     names = {k:k if k in ('Intercept','log_area') else k.split('[T.')[1][:-1]+' minus '+reference for k in fit.fe_params.index}
     ci = fit.conf_int().loc[[*names]]*scale
-    out = pd.DataFrame(dict(term=[*names.values()], estimate=fit.fe_params.to_numpy()*scale, se=fit.bse_fe.to_numpy()*scale, low=ci[0].to_numpy(), high=ci[1].to_numpy(), p=fit.pvalues[[*names]].to_numpy()))
+    out = pd.DataFrame(dict(term=[*names.values()], estimate=fit.fe_params.to_numpy()*scale, se=fit.bse_fe.to_numpy()*scale,
+                            low=ci[0].to_numpy(), high=ci[1].to_numpy(), p=fit.pvalues[[*names]].to_numpy()))
     styles = np.eye(len(fit.params))[[k for k,v in enumerate(names) if v not in ('Intercept','log_area')]]
-    more = pd.DataFrame([dict(term='style, jointly', p=float(fit.wald_test(styles, scalar=True).pvalue)), dict(term='sd of churches', estimate=scale*fit.cov_re.iloc[0,0]**.5), dict(term='sd of rows', estimate=scale*fit.scale**.5)])
+    more = pd.DataFrame([dict(term='style, jointly', p=float(fit.wald_test(styles, scalar=True).pvalue)),
+                         dict(term='sd of churches', estimate=scale*fit.cov_re.iloc[0,0]**.5), dict(term='sd of rows', estimate=scale*fit.scale**.5)])
     note = '; '.join(dict.fromkeys(str(w.message) for w in caught))
-    return pd.concat([out, more], ignore_index=True).assign(n=rows.church.nunique(), rows=len(rows), unit='score', converged=bool(fit.converged), note=note)
+    about = dict(n=rows.church.nunique(), rows=len(rows), unit='score', converged=bool(fit.converged), note=note)
+    return pd.concat([out, more], ignore_index=True).assign(**about)

@@ -64,7 +64,8 @@ def bca_interval(
 )->tuple: # low and high, each () or (k,); nan for a column that is constant
     "BCa bootstrap interval of the mean (Efron, 1987): the numbers of `scipy.stats.bootstrap`, for all columns in one product."
     d = np.asarray(d, float)
-    if d.ndim not in (1,2) or len(d)<3: raise ValueError(f"shifts are {d.shape}: expected (churches,) or (churches, comparisons), at least 3 churches")
+    if d.ndim not in (1,2) or len(d)<3:
+        raise ValueError(f"shifts are {d.shape}: expected (churches,) or (churches, comparisons), at least 3 churches")
     if not np.isfinite(d).all(): raise ValueError(f"{(~np.isfinite(d)).sum()} shifts are not finite: leave those churches out of all comparisons")
     if not 0<level<1: raise ValueError(f"level is {level}: expected a share between 0 and 1, such as 0.95")
     if n_resamples<99: raise ValueError(f"n_resamples is {n_resamples}: an interval needs at least 99")
@@ -197,19 +198,23 @@ def shift_table(
 def _read_scores(table, name, only, run):
     "One finite score per image and `run` from a data frame or CSV file, where `only` chooses among metrics, blocks and heads."
     t = table if isinstance(table, pd.DataFrame) else pd.read_csv(table, dtype=dict(image=str, church=str))
-    if missing := [c for c in ('image','value',*only) if c not in t]: raise ValueError(f"{name} lacks the columns {missing}, it has {[*t]}: expected image and value")
+    if missing := [c for c in ('image','value',*only) if c not in t]:
+        raise ValueError(f"{name} lacks the columns {missing}, it has {[*t]}: expected image and value")
     for c,v in only.items():
         if (t[c].astype(str)!=str(v)).all(): raise ValueError(f"{name} has no rows with {c} {v!r}: expected one of {[*t[c].unique()]}")
         t = t[t[c].astype(str)==str(v)]
     for c in ('metric','block','head'):
-        if c in t and t[c].nunique()>1: raise ValueError(f"{name} holds {t[c].nunique()} values of {c}: choose one, such as only=dict({c}={t[c].iloc[0]!r})")
+        if c in t and t[c].nunique()>1:
+            raise ValueError(f"{name} holds {t[c].nunique()} values of {c}: choose one, such as only=dict({c}={t[c].iloc[0]!r})")
     if t.empty: raise ValueError(f"{name} holds no scores")
     for c in {'image','church',*COLUMNS[:3]}&{*t}:
         if t[c].isna().any(): raise ValueError(f"{name} has {t[c].isna().sum()} rows without {c}: name it in every row, or leave the column out")
     t = t.assign(image=t.image.astype(str), value=pd.to_numeric(t.value, errors='coerce'))
-    if len(bad := t[~np.isfinite(t.value)]): raise ValueError(f"{name} has {len(bad)} scores that are no finite number, first of image {bad.image.iloc[0]}: leave those images out of both tables")
+    if len(bad := t[~np.isfinite(t.value)]):
+        raise ValueError(f"{name} has {len(bad)} scores that are no finite number, first of image {bad.image.iloc[0]}: leave those images out of both tables")
     keys = ['image',*(c for c in run if c in t)]
-    if len(twice := t[t.duplicated(keys)]): raise ValueError(f"{name} has {len(twice)} scores more than once, first of image {twice.image.iloc[0]}: expected one per {' and '.join(keys)}")
+    if len(twice := t[t.duplicated(keys)]):
+        raise ValueError(f"{name} has {len(twice)} scores more than once, first of image {twice.image.iloc[0]}: expected one per {' and '.join(keys)}")
     return t
 
 # %% ../../nbs/05_iou_stats.ipynb #ac6acbb3
@@ -226,8 +231,9 @@ def pair_scores(
     both = b.merge(a, on=on, how='outer', suffixes=('_before','_after'), indicator='found')
     alone = {side:[*dict.fromkeys(both.image[both.found==side])] for side in ('left_only','right_only')}
     if any(alone.values()):
-        told = ' and '.join(f"{len(v)} images of {x} are not in {y} (first {v[0]})" for (x,y),v in zip((('before','after'),('after','before')), alone.values()) if v)
-        raise ValueError(f"{told}: score the same images in both tables, and name them alike")
+        sides = zip((('before','after'),('after','before')), alone.values())
+        lost = ' and '.join(f"{len(v)} images of {x} are not in {y} (first {v[0]})" for (x,y),v in sides if v)
+        raise ValueError(f"{lost}: score the same images in both tables, and name them alike")
     if 'church_after' in both and (off := both[both.church_after.astype(str)!=both.church_before.astype(str)]).size:
         raise ValueError(f"{len(off)} images have another church before than after, first {off.image.iloc[0]}")
     church = next((both[c] for c in ('church','church_after') if c in both), both.image)
@@ -241,7 +247,8 @@ def readable_table(
     "The table as text: differences signed, small p-values as bounds."
     scores = ('accuracy','balanced_accuracy','macro_f1')
     forms = dict.fromkeys(('before','after',*scores,*(f'test_{k}' for k in scores),'cka','knn'), '.3f')
-    forms |= dict.fromkeys(('shift','low','high'), '+.4f') | dict(knn_change='+.3f') | dict.fromkeys(('d_z','d_av','t'), '+.2f') | dict.fromkeys(('p','p_holm'), '.3f')
+    forms |= dict.fromkeys(('shift','low','high'), '+.4f') | dict(knn_change='+.3f')
+    forms |= dict.fromkeys(('d_z','d_av','t'), '+.2f') | dict.fromkeys(('p','p_holm'), '.3f')
     out = table.copy()
     for c in [c for c in out if c in forms]: out[c] = ['' if pd.isna(v) else format(v, forms[c]) for v in table[c]]
     for c in ('p','p_holm'): out[c] = out[c].where(~(table[c]<.001), '<0.001')

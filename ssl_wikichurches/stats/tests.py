@@ -116,7 +116,8 @@ def bootstrap_t_interval(
     t = resampled_t(d[:,None], draws, seed)[:,0]
     place = lambda v, q: np.sort(v)[min(max(int(np.ceil((draws+1)*q-1e-9)), 1), draws)-1]
     high,low = (place(np.abs(t), level),-place(np.abs(t), level)) if symmetric else (place(t, (1+level)/2),place(t, (1-level)/2))
-    return pd.DataFrame([row|dict(low=mean-high*se, high=mean-low*se, note='' if np.isfinite([low,high]).all() else 'some resamples do not vary: too few churches moved')])
+    note = '' if np.isfinite([low,high]).all() else 'some resamples do not vary: too few churches moved'
+    return pd.DataFrame([row|dict(low=mean-high*se, high=mean-low*se, note=note)])
 
 # %% ../../nbs/05b_tests.ipynb #95651cf6
 def noncentral_t_cdf(
@@ -176,7 +177,8 @@ def equivalence(
     d = _vector(d)
     row = dict(n=len(d), unit=unit, estimate=d.mean() if unit=='score' else np.nan, margin=margin, alpha=alpha)
     if np.ptp(d)<=1e-12:
-        return pd.DataFrame([row|dict.fromkeys(('low','high','p_above','p_below','p'), np.nan)|dict(equivalent=False, note=CONSTANT if d.any() else IDENTICAL)])
+        empty = dict.fromkeys(('low','high','p_above','p_below','p'), np.nan)
+        return pd.DataFrame([row|empty|dict(equivalent=False, note=CONSTANT if d.any() else IDENTICAL)])
     if unit=='d_z': row['estimate'] = hedges_factor(len(d)-1)*d.mean()/d.std(ddof=1)
     low,high,above,below = _tost(d, margin, unit, alpha)
     p = max(above, below)
