@@ -8,7 +8,7 @@ from timm_models import timm_model
 from ssl_wikichurches.finetune import attn_supervised
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.attention.capture import capture_attention, pooled_maps
-from ssl_wikichurches.finetune.attn_supervised import (BOXES, KINDS, AttentionTerm, AttnSupervisedRecipe, BoxedOrder, attention_loss, box_donors, boxed_batches, check_crossfit, crossfit_folds,
+from ssl_wikichurches.finetune.attn_supervised import (BOXES, LOSSES, AttentionTerm, AttnSupervisedRecipe, EndlessOrder, attention_loss, box_donors, annotated_batches, check_crossfit, crossfit_folds,
                                               crossfit_parts, fit_attn_supervised, prior_mask, pull_loss, same_owner, stay_loss, supervised_maps, union_masks, weight_at)
 from ssl_wikichurches.backbones.encoders import attention_projections, load_backbone
 from ssl_wikichurches.data.churches import ChurchDataset, eval_transform
@@ -48,7 +48,7 @@ def by_hand(a, mask, kind, eps=1e-3):
     if kind=='kl': return sum(t*math.log(t/mixed(v)) for v,t,_ in pairs if t)
     return -math.log(sum(c*mixed(v) for v,_,c in pairs))
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOSSES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), g=st.sampled_from((2,3,6)))
 def test_losses_by_hand(kind, seed, g):
@@ -64,7 +64,7 @@ def test_scale_is_free(seed, scale):
     gen = torch.Generator().manual_seed(seed)
     maps,masks = torch.rand(2, 3, 6, 6, generator=gen, dtype=torch.double),torch.rand(2, 12, 12, generator=gen)<.3
     masks[:,0,0] = True
-    for k in KINDS: torch.testing.assert_close(pull_loss(scale*maps, masks, k), pull_loss(maps, masks, k), atol=1e-12, rtol=1e-10)
+    for k in LOSSES: torch.testing.assert_close(pull_loss(scale*maps, masks, k), pull_loss(maps, masks, k), atol=1e-12, rtol=1e-10)
 
 def test_perfect_and_disjoint_maps():
     mask = torch.zeros(1, 12, 12, dtype=torch.bool); mask[:,:4,:6] = True
@@ -74,7 +74,7 @@ def test_perfect_and_disjoint_maps():
     whole = torch.ones(1, 12, 12, dtype=torch.bool)
     assert pull_loss(torch.rand(1, 4, 4), whole, 'inside').abs()<1e-9 # nowhere else to look
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOSSES)
 @pytest.mark.parametrize('per_head', (False,True))
 def test_gradient_by_finite_differences(kind, per_head):
     gen = torch.Generator().manual_seed(1)
@@ -95,7 +95,7 @@ def test_heads_are_averaged_and_not_images():
     order = [2,0,1]
     assert boxes_loss(maps[order], [boxes[i] for i in order], 12).item()==pytest.approx(boxes_loss(maps, boxes, 12).item(), abs=1e-12)
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOSSES)
 @pytest.mark.parametrize('fill', (0., math.nan, math.inf))
 def test_images_without_boxes_are_inert(kind, fill):
     maps,(_,boxes) = torch.rand(3, 1, 4, 6, 6),batch(12)
@@ -145,7 +145,7 @@ def of_block(b, i):
 
 def zero(p): return p is None or bool((p==0).all())
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOSSES)
 @pytest.mark.parametrize('name,block', [(n,b) for n in MODELS if 'siglip' not in n for b in (-1,-2)])
 def test_gradients_reach_queries_and_keys_of_the_block_only(name, block, kind):
     b = model(name).train()
@@ -228,14 +228,14 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(data, monkeypatch):
         return tv_tensors.Image(image)
     monkeypatch.setattr('ssl_wikichurches.data.churches._load', painted)
     monkeypatch.setattr('ssl_wikichurches.data.churches.v2.ColorJitter.transform', lambda self, x, params: x)
-    images,boxes = next(iter(boxed_batches(data, names, 12, seed=1)))
+    images,boxes = next(iter(annotated_batches(data, names, 12, seed=1)))
     masks = union_masks(boxes, 96)
     white = images.mean(1)>.5
     iou = (masks&white).flatten(1).sum(1)/(masks|white).flatten(1).sum(1)
     wrong = (masks.flip(-1)&white).flatten(1).sum(1)/(masks.flip(-1)|white).flatten(1).sum(1)
     assert iou.min()>.75 and iou.mean()>.88 and wrong.mean()<.6
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', LOSSES)
 def test_mirrored_maps_and_boxes_have_the_same_loss(kind):
     maps,(_,boxes) = torch.rand(3, 2, 4, 6, 6),batch(48)
     mirrored = [torch.stack([48-b[:,2], b[:,1], 48-b[:,0], b[:,3]], 1) for b in boxes]
@@ -243,21 +243,21 @@ def test_mirrored_maps_and_boxes_have_the_same_loss(kind):
 
 def test_batches_are_a_function_of_seed_and_step(data):
     names = list(data.split.eval)
-    first = [b for b,_ in zip(boxed_batches(data, names, 5, seed=2), range(4))]
+    first = [b for b,_ in zip(annotated_batches(data, names, 5, seed=2), range(4))]
     here = torch.get_rng_state()
-    later = [b for b,_ in zip(boxed_batches(data, names, 5, seed=2, start=2), range(2))]
+    later = [b for b,_ in zip(annotated_batches(data, names, 5, seed=2, start=2), range(2))]
     assert torch.equal(torch.get_rng_state(), here)
     for (a,b),(c,d) in zip(first[2:], later): assert torch.equal(a, c) and all(torch.equal(x, y) for x,y in zip(b, d))
-    other = next(iter(boxed_batches(data, names, 5, seed=3)))[0]
+    other = next(iter(annotated_batches(data, names, 5, seed=3)))[0]
     assert not torch.equal(first[0][0], other)
-    with pytest.raises(ValueError, match='no boxes'): boxed_batches(data, [data.split.train[0]], 1)
+    with pytest.raises(ValueError, match='no boxes'): annotated_batches(data, [data.split.train[0]], 1)
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 9), size=st.integers(1, 12), seed=st.integers(0, 99), start=st.integers(0, 9))
 def test_every_round_has_every_position_once(n, size, seed, start):
-    flat = [p for b,_ in zip(BoxedOrder(n, size, seed), range(30)) for p in b]
+    flat = [p for b,_ in zip(EndlessOrder(n, size, seed), range(30)) for p in b]
     for r in range(len(flat)//n): assert sorted(i for i,_ in flat[r*n:(r+1)*n])==list(range(n))
-    assert [b for b,_ in zip(BoxedOrder(n, size, seed, start), range(3))]==[flat[i*size:(i+1)*size] for i in range(start, start+3)]
+    assert [b for b,_ in zip(EndlessOrder(n, size, seed, start), range(3))]==[flat[i*size:(i+1)*size] for i in range(start, start+3)]
     assert len(set(s for _,s in flat))==len(flat)
 
 # ---- folds
@@ -346,7 +346,7 @@ def test_donors_are_other_churches(seed):
 def test_donated_boxes_arrive(data):
     names = list(data.split.eval)[:8]
     donors = dict(zip(names, names[1:]+names[:1]))
-    loader = boxed_batches(data, names, 8, augment=False, donors=donors)
+    loader = annotated_batches(data, names, 8, augment=False, donors=donors)
     order = [names[i] for i,_ in next(iter(loader.batch_sampler))]
     images,boxes = next(iter(loader))
     own = {i['name']:i for i in ChurchDataset(data.churches, names, eval_transform(data.size))}
@@ -446,7 +446,7 @@ def test_held_out_boxes_are_never_read(data, control):
 def test_a_step_whose_crops_lost_every_box_adds_nothing(data, monkeypatch):
     b,recipe = load_backbone('tiny-clip'),AttnSupervisedRecipe(folds=2, batch=8)
     term = AttentionTerm(b, data, data.split.eval[:9], recipe)
-    monkeypatch.setattr(attn_supervised, 'boxed_batches', lambda *a: [(torch.rand(2, 3, 96, 96), [torch.zeros(0, 4)]*2)])
+    monkeypatch.setattr(attn_supervised, 'annotated_batches', lambda *a: [(torch.rand(2, 3, 96, 96), [torch.zeros(0, 4)]*2)])
     assert math.isnan(term(None, None, None, 0)['extra_loss']) and all(p.grad is None for p in b.parameters())
 
 def test_weight_rises_and_recipe_round_trips():

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from timm_models import timm_model
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.finetune import semi_supervised
-from ssl_wikichurches.finetune.attn_supervised import BoxedOrder
+from ssl_wikichurches.finetune.attn_supervised import EndlessOrder
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, church_id, read_churches, train_transform
 from ssl_wikichurches.data.download import load_churches, synthetic_folder
@@ -20,7 +20,7 @@ from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import StyleModel, make_recipe, new_classifier
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
-from ssl_wikichurches.finetune.semi_supervised import (KINDS, LABEL_FILE, SelfTeacher, SemiSupervisedRecipe, UnlabelledTerm, best_of_class, check_pool, energy_limit, fit_semi_supervised,
+from ssl_wikichurches.finetune.semi_supervised import (METHODS, LABEL_FILE, SelfTeacher, SemiSupervisedRecipe, UnlabelledTerm, best_of_class, check_pool, energy_limit, fit_semi_supervised,
                                               hide_labels, label_pool, label_quality, own_chance, pseudo_labels, read_pseudo_labels, recipe_views, strong_transform, teaching,
                                               unlabelled, unlabelled_loss, view_batches)
 from ssl_wikichurches.data.splits import class_labels, load_split, make_split
@@ -131,11 +131,11 @@ def test_photographs_of_other_styles_are_in_the_pool(folder):
 
 def test_the_weak_view_has_no_strong_operation(few, monkeypatch):
     d,_ = few
-    names,recipes = list(unlabelled(d.churches, d.split)),{k:SemiSupervisedRecipe(kind=k) for k in KINDS}
+    names,recipes = list(unlabelled(d.churches, d.split)),{k:SemiSupervisedRecipe(kind=k) for k in METHODS}
     def bang(*a, **k): raise AssertionError('a strong operation')
     monkeypatch.setattr(v2.RandAugment, 'forward', bang)
     (x,),_ = next(iter(view_batches(d, names, recipe_views(d, recipes['pseudo']), 6, seed=4)))
-    one = iter(BoxedOrder(len(names), 6, 4))
+    one = iter(EndlessOrder(len(names), 6, 4))
     plain = finetune.SeededPhotographs(ChurchDataset(d.churches, names, train_transform(96)))
     assert torch.equal(x, torch.stack([plain[p]['image'] for p in next(one)]))
     weak,_ = recipe_views(d, recipes['fixmatch'])
@@ -327,7 +327,7 @@ SHORT = dict(epochs=2, batch=12, lr=1e-2, backbone_lr=2e-4)
 LOOSE = dict(SHORT, tau=.4, passing=1.)
 
 @pytest.mark.parametrize('name', ('tiny-dinov3',TIMM)) # the first draws in training mode
-@pytest.mark.parametrize('how', ('weight','empty',*KINDS))
+@pytest.mark.parametrize('how', ('weight','empty',*METHODS))
 def test_supervised_bit_for_bit(few, name, how):
     "Weight 0, an empty pool, and tau above 1 in the loop of each kind; blocks are skipped at random."
     d,_ = few
@@ -361,7 +361,7 @@ def test_a_study_trains_it_by_name(tmp_path):
     a,b = (load_file(root/f'tiny-clip-{t}-seed0'/'model.safetensors') for t in ('full','semi_supervised'))
     assert a.keys()==b.keys() and not same(a, b)
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', METHODS)
 def test_kinds_learn_restore_and_say_what_they_did(few, kind, tmp_path):
     d,truth = few
     recipe = SemiSupervisedRecipe(**LOOSE, kind=kind, mu=.5, **(dict(rounds=2, per_class=5) if kind=='self_training' else {}))
@@ -460,7 +460,7 @@ def test_a_round_teaches_exactly_its_labels(few, monkeypatch):
     f = fit_semi_supervised(load_backbone('tiny-clip'), d, SemiSupervisedRecipe(**dict(LOOSE, epochs=1), kind='self_training', per_class=3), 4)
     good = f.pseudo_labels[f.pseudo_labels.accepted].set_index('image')['style'].map(CLASSES.index)
     assert set(names)=={tuple(good.index)}
-    order = iter(BoxedOrder(len(good), 12, 4))
+    order = iter(EndlessOrder(len(good), 12, 4))
     assert seen==[[int(good.iloc[i]) for i,_ in next(order)] for _ in seen] and len(seen)==math.ceil(len(d.split.train)/12)
 
 def test_recipe_round_trips_and_refuses():

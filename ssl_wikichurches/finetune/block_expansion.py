@@ -37,10 +37,10 @@ def identity_copy(
     if dead := [n for n,p in block.named_parameters() if re.search(r'(lambda1|gamma(_\d)?)$', n) and not p.any()]:
         raise ValueError(f"{dead[0]} of {type(block).__name__} is zero: behind it a copy would never learn")
     configs = {id(c):c for m in block.modules() if (c := getattr(m, 'config', None)) is not None} # the model's, not copied
-    twin = copy.deepcopy(block, configs)
+    copied = copy.deepcopy(block, configs)
     for name in branch_ends(block):
-        for p in twin.get_submodule(name).parameters(): nn.init.zeros_(p)
-    return twin
+        for p in copied.get_submodule(name).parameters(): nn.init.zeros_(p)
+    return copied
 
 # %% ../../nbs/04c_block_expansion.ipynb #0f04dc92
 def _set_blocks(backbone, blocks, measured):
@@ -156,7 +156,10 @@ def restore_block_expansion(
     "Put trained blocks back between those of the frozen backbone."
     expand(backbone, recipe.every)
     own = block_state(backbone)
-    found = check_tensors({k:v for k,v in state.items() if not k.startswith('classifier.')}, own, f'{backbone.spec.name} with a new block after every {recipe.every}')
-    if not torch.equal(found['mapping'], own['mapping']): raise ValueError(f"the blocks were stored for the order {found['mapping'].tolist()}, the recipe makes {own['mapping'].tolist()}")
+    stored = {k:v for k,v in state.items() if not k.startswith('classifier.')}
+    found = check_tensors(stored, own, f'{backbone.spec.name} with a new block after every {recipe.every}')
+    if not torch.equal(found['mapping'], own['mapping']):
+        raise ValueError(f"the blocks were stored for the order {found['mapping'].tolist()}, "
+                         f"the recipe makes {own['mapping'].tolist()}")
     for i in added_blocks(backbone): backbone.layers[i].load_state_dict({k:found[f'block.{i}.{k}'] for k in backbone.layers[i].state_dict()})
     return backbone.eval()

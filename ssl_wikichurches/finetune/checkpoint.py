@@ -9,6 +9,7 @@ __all__ = ['trained_tensors', 'put_tensors', 'random_state', 'Checkpoint']
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from fastcore.basics import patch
 import torch
 from torch import nn
 from ..data.files import read_tensors, write_tensors
@@ -56,35 +57,41 @@ class Checkpoint:
     path:Path # safetensors file
     key:str # what the training depends on; a file of another training is refused
 
-    def save(self,
-        model:nn.Module,
-        optimizer:torch.optim.Optimizer,
-        order:torch.Generator, # of the loader
-        notes:dict, # as JSON
-        more:dict, # name -> tensor
-        chance:list=None, # of `random_state`, one for each process that takes part; None: this one's
-    ):
-        random = {f'{rank}.{k}':v for rank,state in enumerate(chance or [random_state()]) for k,v in state.items()}|dict(order=order.get_state())
-        parts = dict(model=trained_tensors(model), optimizer=_moments(optimizer), random=random, more=more)
-        write_tensors(self.path, {f'{part}:{k}':v for part,d in parts.items() for k,v in d.items()}, dict(key=self.key, notes=json.dumps(notes)))
+# %% ../../nbs/03A_checkpoint.ipynb #99166a5a
+@patch
+def save(self:Checkpoint,
+    model:nn.Module,
+    optimizer:torch.optim.Optimizer,
+    order:torch.Generator, # of the loader
+    notes:dict, # as JSON
+    more:dict, # name -> tensor
+    chance:list=None, # of `random_state`, one for each process that takes part; None: this one's
+)->None:
+    "Write all that a training needs to go on."
+    random = {f'{rank}.{k}':v for rank,state in enumerate(chance or [random_state()]) for k,v in state.items()}|dict(order=order.get_state())
+    parts = dict(model=trained_tensors(model), optimizer=_moments(optimizer), random=random, more=more)
+    write_tensors(self.path, {f'{part}:{k}':v for part,d in parts.items() for k,v in d.items()}, dict(key=self.key, notes=json.dumps(notes)))
 
-    def load(self,
-        model:nn.Module, # changed
-        optimizer:torch.optim.Optimizer, # changed
-        order:torch.Generator, # changed
-        rank:int=0, # of this process among those that take part
-    )->tuple: # notes, more; (None, {}) where there is no checkpoint
-        if not self.path.is_file(): return None,{}
-        tensors,texts = read_tensors(self.path)
-        if texts.get('key')!=self.key:
-            raise ValueError(f"{self.path} belongs to another training: its recipe, seed or photographs differ. Delete it, or train in another folder")
-        parts = {}
-        for name,v in tensors.items():
-            part,_,k = name.partition(':')
-            parts.setdefault(part, {})[k] = v
-        put_tensors(model, parts['model'])
-        _put_moments(optimizer, parts.get('optimizer', {}))
-        random = parts['random']
-        order.set_state(random['order']); torch.set_rng_state(random[f'{rank}.cpu'])
-        if f'{rank}.cuda' in random: torch.cuda.set_rng_state(random[f'{rank}.cuda'])
-        return json.loads(texts['notes']),parts.get('more', {})
+# %% ../../nbs/03A_checkpoint.ipynb #5292d360
+@patch
+def load(self:Checkpoint,
+    model:nn.Module, # changed
+    optimizer:torch.optim.Optimizer, # changed
+    order:torch.Generator, # changed
+    rank:int=0, # of this process among those that take part
+)->tuple: # notes, more; (None, {}) where there is no checkpoint
+    "Put a training back to where it was."
+    if not self.path.is_file(): return None,{}
+    tensors,texts = read_tensors(self.path)
+    if texts.get('key')!=self.key:
+        raise ValueError(f"{self.path} belongs to another training: its recipe, seed or photographs differ. Delete it, or train in another folder")
+    parts = {}
+    for name,v in tensors.items():
+        part,_,k = name.partition(':')
+        parts.setdefault(part, {})[k] = v
+    put_tensors(model, parts['model'])
+    _put_moments(optimizer, parts.get('optimizer', {}))
+    random = parts['random']
+    order.set_state(random['order']); torch.set_rng_state(random[f'{rank}.cpu'])
+    if f'{rank}.cuda' in random: torch.cuda.set_rng_state(random[f'{rank}.cuda'])
+    return json.loads(texts['notes']),parts.get('more', {})

@@ -33,7 +33,8 @@ class CoinRecipe(ContrastiveRecipe):
         super().__post_init__()
         if not 0<=self.alpha<=1: raise ValueError(f"alpha is {self.alpha}: expected a share of the epochs, in [0, 1]")
         if self.stage_one and (self.patience or self.select!='last'):
-            raise ValueError(f"patience {self.patience}, select {self.select!r}: in stage 1 the classifier is not trained yet, so that validation says nothing of an epoch; use patience=0 and select='last', or alpha=0")
+            raise ValueError(f"patience {self.patience}, select {self.select!r}: "
+                             "in stage 1 the classifier is not trained yet, so that validation says nothing of an epoch; use patience=0 and select='last', or alpha=0")
     @property
     def stage_one(self)->int: return math.ceil(round(self.alpha*self.epochs, 9)) # epochs before the classifier is trained
 
@@ -72,7 +73,9 @@ def class_cosines(
 )->dict: # within and between: mean cosine of the pairs of one class and of two, in [-1, 1]; gap: the difference
     "How much more alike two features of one class are than two of different classes."
     within,between = class_pairs(t),t[:,None]!=t
-    if not within.any() or not between.any(): raise ValueError(f"classes are {sorted(set(t.tolist()))} of {len(t)} features: expected two of one class and another class")
+    if not within.any() or not between.any():
+        raise ValueError(f"classes are {sorted(set(t.tolist()))} of {len(t)} features: "
+                         "expected two of one class and another class")
     v = F.normalize(z, dim=1)
     a,b = ((v@v.T)[k].mean().item() for k in (within, between))
     return dict(within=a, between=b, gap=a-b)

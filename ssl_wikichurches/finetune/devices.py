@@ -56,7 +56,8 @@ class Team:
         if (least := n%batch or batch if every else min(n, batch))<self.n:
             raise ValueError(f"of {n} images in batches of {batch} one has {least}, too few for {self.n} processes: choose another batch or fewer processes")
         shares = BatchShares(loader.batch_sampler, self.rank, self.n)
-        return DataLoader(loader.dataset, batch_sampler=shares, collate_fn=loader.collate_fn, num_workers=loader.num_workers, generator=loader.generator, pin_memory=loader.pin_memory)
+        same = {k:getattr(loader, k) for k in ('collate_fn','num_workers','generator','pin_memory')}
+        return DataLoader(loader.dataset, batch_sampler=shares, **same)
 
 # %% ../../nbs/03B_devices.ipynb #90fc266b
 def _member(rank, n, port, threads, sending, function, args):

@@ -22,12 +22,13 @@ class FullRecipe(Recipe):
     "Full fine-tuning with a lower rate for the backbone."
     backbone_lr:float=1e-5 # peak learning rate of the backbone
     clip:float=1. # largest gradient norm, over backbone and classifier together
-    layer_decay:float=1. # rates shrink by this factor from each block to the one before; 1: one rate, as planned
+    layer_decay:float=1. # rates shrink by this factor from each block to the one before; 1: one rate, as in the default recipe
     drop_path:float=0. # chance that an image skips the last block in training, rising linearly from 0 before the first one
     def __post_init__(self):
         super().__post_init__()
         if self.backbone_lr<0 or not 0<self.layer_decay<=1 or not 0<=self.drop_path<1:
-            raise ValueError(f"backbone_lr {self.backbone_lr}, layer_decay {self.layer_decay}, drop_path {self.drop_path}: expected at least 0, in (0, 1], in [0, 1)")
+            raise ValueError(f"backbone_lr {self.backbone_lr}, layer_decay {self.layer_decay}, drop_path {self.drop_path}: "
+                             "expected at least 0, in (0, 1], in [0, 1)")
 
 # %% ../../nbs/03_finetune_full.ipynb #cc1ce2c6
 def depth_of(

@@ -58,7 +58,7 @@ def shortcut_scores(
 
 def shortcut_table(
     name:str='tiny-clip', # of a backbone
-    progress=lambda text: None, # told what is trained
+    progress=lambda text: None, # called with what is trained
     **how, # of `shortcut_scores`
 )->pd.DataFrame: # a row for each kind of evidence
     "What becomes of a classifier when the banner is taken away."
