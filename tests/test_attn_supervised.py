@@ -227,7 +227,7 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(data, monkeypatch):
             image[:,y0:y1,x0:x1] = 1
         return tv_tensors.Image(image)
     monkeypatch.setattr('ssl_wikichurches.data.churches._load', painted)
-    monkeypatch.setattr('ssl_wikichurches.data.churches.v2.ColorJitter.transform', lambda self, x, params: x)
+    monkeypatch.setattr('torchvision.transforms.v2.ColorJitter.transform', lambda self, x, params: x)
     images,boxes = next(iter(annotated_batches(data, names, 12, seed=1)))
     masks = union_masks(boxes, 96)
     white = images.mean(1)>.5
