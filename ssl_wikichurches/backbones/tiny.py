@@ -268,7 +268,8 @@ class CaptionsAndPatches(SigmoidCaptions):
 # %% ../../nbs/01a_tiny.ipynb #b5eae42f
 class Reconstruction(Objective):
     "MAE."
-    batch,steps,task,deviations = 48,5000,'Reconstruction of the hidden three quarters of the patches, in normalized pixels',('The decoder has one block of width 64.',)
+    batch,steps,task = 48,5000,'Reconstruction of the hidden three quarters of the patches, in normalized pixels'
+    deviations = ('The decoder has one block of width 64.',)
     def __init__(self,
         backbone:Backbone,
         photos:Photographs,
