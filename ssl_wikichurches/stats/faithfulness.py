@@ -77,7 +77,7 @@ def _occluded_logits(model, images, blanks, index, mask_of, batch, device):
 def _of_class(values, labels):
     "The values (jobs, classes) of one class for each job."
     if labels.min()<0 or labels.max()>=values.shape[1]:
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, the model knows classes 0 to {values.shape[1]-1}: leave out images without a class")
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, the model has classes 0 to {values.shape[1]-1}: leave out images without a class")
     return values.gather(1, labels[:,None])[:,0]
 
 # %% ../../nbs/05a_faithfulness.ipynb #7100ec3f
