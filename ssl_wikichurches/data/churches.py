@@ -310,6 +310,7 @@ def read_churches(
 class _Letterbox:
     "Scale the longer side to `size`, then pad the shorter one with gray, half on each side."
     def __init__(self, size): self.size = size
+    def __repr__(self): return f'Letterbox(size={self.size})'
     def __call__(self, *inputs):
         from torchvision.transforms.v2 import functional as VF
         h,w = VF.get_size(inputs[0]); s = self.size/max(h,w)

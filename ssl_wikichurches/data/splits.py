@@ -63,7 +63,8 @@ def read_hierarchy(
     for parent,child in _lines(path):
         if unknown := [q for q in (parent,child) if q not in style_names]: problems.append(f'{unknown[0]} in {path.name} is not in style_names.txt')
         else: graph.add_edge(parent, child)
-    problems += [f"{path.name} has a circle: {' > '.join((*c, c[0]))}" for c in nx.simple_cycles(graph)]
+    circles = sorted(c[(k := c.index(min(c))):]+c[:k] for c in nx.simple_cycles(graph)) # each from its smallest id on
+    problems += [f"{path.name} has a circle: {' > '.join((*c, c[0]))}" for c in circles]
     return graph,problems
 
 # %% ../../nbs/00i_splits.ipynb #e2c141b5
