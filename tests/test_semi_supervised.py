@@ -24,9 +24,9 @@ from ssl_wikichurches.finetune.semi_supervised import (METHODS, LABEL_FILE, Self
                                               hide_labels, label_pool, label_quality, own_chance, pseudo_labels, read_pseudo_labels, recipe_views, strong_transform, teaching,
                                               unlabelled, unlabelled_loss, view_batches)
 from ssl_wikichurches.data.splits import class_labels, load_split, make_split
-from ssl_wikichurches.data.synthetic import read_hidden_styles
+from ssl_wikichurches.data.synthetic import DRAWN_STYLES, read_hidden_styles
 
-CLASSES = [*STYLES.values()]
+DRAWN_STYLES = [*STYLES.values()]
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns=['images_per_second','extra_loss'], errors='ignore')
@@ -178,7 +178,7 @@ def test_gate_by_scipy(z, tau, limit):
     t = pseudo_labels(z, range(40), tau, limit)
     p,e = softmax(z.double().numpy(), 1),-logsumexp(z.double().numpy(), 1)
     np.testing.assert_allclose(t.probability, p.max(1), atol=1e-12); np.testing.assert_allclose(t.energy, e, atol=1e-12)
-    assert list(t['style'])==[CLASSES[i] for i in p.argmax(1)]
+    assert list(t['style'])==[DRAWN_STYLES[i] for i in p.argmax(1)]
     clear = (abs(p.max(1)-tau)>1e-9)&(abs(e-limit)>1e-9)
     assert (t.accepted==((p.max(1)>=tau)&(e<=limit)))[clear].all() and (t.accepted==(t.why=='')).all()
     assert ((t.why=='unsure')==(p.max(1)<tau))[clear].all()
@@ -196,7 +196,7 @@ def test_mask_rate_falls_in_tau_and_rises_in_the_limit(z, limit):
 def test_permuted_classes_permute_pseudo_labels(z, order, tau):
     a,b = pseudo_labels(z, range(40), tau, -1.),pseudo_labels(z[:,order], range(40), tau, -1.)
     clear = (abs(a.probability-tau)>1e-9)&(abs(a.energy+1)>1e-9)
-    assert [CLASSES.index(s) for s in a['style']]==[order[CLASSES.index(s)] for s in b['style']]
+    assert [DRAWN_STYLES.index(s) for s in a['style']]==[order[DRAWN_STYLES.index(s)] for s in b['style']]
     assert (a.accepted==b.accepted)[clear].all()
 
 @pytest.mark.parametrize('name', ('tiny-clip',TIMM))
@@ -209,7 +209,7 @@ def test_a_permuted_classifier_permutes_the_labels_of_a_pool(few, name):
     other = new_classifier(b.dim)
     other.load_state_dict(dict(weight=layer.weight[order].detach(), bias=layer.bias[order].detach()))
     a,c = (label_pool(StyleModel(b, l), d, pool, recipe) for l in (layer, other))
-    assert [CLASSES.index(s) for s in a['style']]==[order[CLASSES.index(s)] for s in c['style']] and a['style'].nunique()>1
+    assert [DRAWN_STYLES.index(s) for s in a['style']]==[order[DRAWN_STYLES.index(s)] for s in c['style']] and a['style'].nunique()>1
     assert list(a.accepted)==list(c.accepted) and list(a['why'])==list(c['why']) and 0<a.accepted.sum()<len(a)
 
 def test_the_limits_belong_to_what_is_accepted():
@@ -227,7 +227,7 @@ def test_a_teacher_that_is_not_finite_stops():
 def test_best_of_class_by_hand(z, k, tau):
     t = pseudo_labels(z, [f'i{j:02d}' for j in range(40)], tau)
     want = set()
-    for s in CLASSES:
+    for s in DRAWN_STYLES:
         rows = sorted(((-r.probability,r.image) for r in t.itertuples() if r.accepted and r.style==s))
         want |= {n for _,n in (rows[:k] if k else rows)}
     best = best_of_class(t, k)
@@ -458,7 +458,7 @@ def test_a_round_teaches_exactly_its_labels(few, monkeypatch):
     monkeypatch.setattr(UnlabelledTerm, '__call__', spy)
     monkeypatch.setattr(semi_supervised, 'unlabelled_loss', lambda z, t, n: (seen.append(t.tolist()), real(z, t, n))[1])
     f = fit_semi_supervised(load_backbone('tiny-clip'), d, SemiSupervisedRecipe(**dict(LOOSE, epochs=1), kind='self_training', per_class=3), 4)
-    good = f.pseudo_labels[f.pseudo_labels.accepted].set_index('image')['style'].map(CLASSES.index)
+    good = f.pseudo_labels[f.pseudo_labels.accepted].set_index('image')['style'].map(DRAWN_STYLES.index)
     assert set(names)=={tuple(good.index)}
     order = iter(EndlessOrder(len(good), 12, 4))
     assert seen==[[int(good.iloc[i]) for i,_ in next(order)] for _ in seen] and len(seen)==math.ceil(len(d.split.train)/12)
