@@ -46,7 +46,7 @@ def census(
 # %% ../../nbs/00k_census.ipynb #4ae53831
 def part_graph(
     churches:Churches,
-)->'networkx.DiGraph': # from parent to child, by name
+): # networkx.DiGraph from parent to child, by name
     "The ontology of building parts."
     import networkx as nx
     graph = nx.DiGraph()

@@ -369,9 +369,9 @@ def train_transform(
 
 # %% ../../nbs/00_data.ipynb #f9b98cfa
 def box_mask(
-    boxes:'torch.Tensor', # (n, 4) left, top, right, bottom in pixels
+    boxes, # tensor (n, 4): left, top, right, bottom in pixels
     size:int, # side of the square frame, in pixels
-)->'torch.Tensor': # (size, size) bool, the union of the boxes
+): # tensor (size, size) bool: the union of the boxes
     "Pixels whose center lies inside at least one box."
     import torch
     if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (n, 4)")

@@ -70,7 +70,7 @@ def read_hierarchy(
 # %% ../../nbs/00i_splits.ipynb #e2c141b5
 def rolled_up(
     style:str, # Q-id
-    graph:'networkx.DiGraph', # of `read_hierarchy`
+    graph, # networkx.DiGraph of `read_hierarchy`
     classes:dict=STYLES, # Q-id -> name
 )->frozenset: # those of the classes that it is, or is a variety of
     "Where a style leads to."
