@@ -415,12 +415,12 @@ def test_a_killed_training_ends_with_the_same_bits(forty, tmp_path, monkeypatch)
     fit = lambda folder: fit_attn_supervised(load_backbone('tiny-clip'), data, recipe, 5, 'cpu', folder)
     whole = fit(None)
     class Killed(Exception): pass
-    real,steps = finetune._backward,iter(range(100))
+    real,steps = finetune._gradients,iter(range(100))
     def step(*args):
         if next(steps)==3: raise Killed
         return real(*args)
     with monkeypatch.context() as m:
-        m.setattr(finetune, '_backward', step)
+        m.setattr(finetune, '_gradients', step)
         with pytest.raises(Killed): fit(tmp_path)
     again = fit(tmp_path)
     assert same(again.state, whole.state)

@@ -243,7 +243,7 @@ def test_the_same_seed_and_a_training_killed_in_either_stage_end_with_the_same_b
     per = len(data.loaders(recipe, 5, 2)[0])
     assert not same(fit(None, 6).state, whole.state)
     class Killed(Exception): pass
-    real = finetune._backward
+    real = finetune._gradients
     for at,moments in ((2*per,False), (3*per+1,True)): # at the switch, in stage 2
         steps,folder = iter(range(100)),tmp_path/str(at)
         folder.mkdir()
@@ -251,7 +251,7 @@ def test_the_same_seed_and_a_training_killed_in_either_stage_end_with_the_same_b
             if next(steps)==at: raise Killed
             return real(*args)
         with monkeypatch.context() as m:
-            m.setattr(finetune, '_backward', step)
+            m.setattr(finetune, '_gradients', step)
             with pytest.raises(Killed): fit(folder)
         kept = read_tensors(folder/'checkpoint.safetensors')[0]
         width = [k for k,v in kept.items() if k.startswith('optimizer:') and k.endswith('exp_avg') and tuple(v.shape)==(4,96)]

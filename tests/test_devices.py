@@ -22,11 +22,11 @@ def numbers(history): return history.drop(columns='images_per_second')
 def trained(data, tiers, folder=None, stop=None):
     "Fits of a clip toy, one tier after the other; killed in the given step of all."
     if stop is not None:
-        real,steps = finetune._backward,iter(range(10**6))
+        real,steps = finetune._gradients,iter(range(10**6))
         def backward(*args):
             if next(steps)==stop: raise RuntimeError("out of power")
             return real(*args)
-        finetune._backward = backward
+        finetune._gradients = backward
     fits = [FITS[t](load_backbone('tiny-clip'), data, RECIPES[t], 0, 'cpu', folder) for t in tiers]
     return [(f.history, f.state, Team().n) for f in fits]
 

@@ -388,12 +388,12 @@ def test_a_killed_training_ends_with_the_same_bits(few, kind, dies, tmp_path, mo
     fit = lambda folder: fit_semi_supervised(load_backbone('tiny-dinov3'), d, recipe, 5, 'cpu', folder)
     whole = fit(None)
     class Killed(Exception): pass
-    real,steps = finetune._backward,iter(range(100))
+    real,steps = finetune._gradients,iter(range(100))
     def step(*args):
         if next(steps)==dies: raise Killed
         return real(*args)
     with monkeypatch.context() as m:
-        m.setattr(finetune, '_backward', step)
+        m.setattr(finetune, '_gradients', step)
         with pytest.raises(Killed): fit(tmp_path)
     for again in (fit(tmp_path), *([fit(tmp_path)] if kind=='fixmatch' else [])): # the second finds a training that has ended
         assert same(again.state, whole.state)
@@ -408,12 +408,12 @@ def test_a_checkpoint_without_its_labels_is_refused(few, tmp_path, monkeypatch):
     d,_ = few
     recipe = SemiSupervisedRecipe(**LOOSE)
     class Killed(Exception): pass
-    real,steps = finetune._backward,iter(range(100))
+    real,steps = finetune._gradients,iter(range(100))
     def step(*args):
         if next(steps)==3: raise Killed
         return real(*args)
     with monkeypatch.context() as m:
-        m.setattr(finetune, '_backward', step)
+        m.setattr(finetune, '_gradients', step)
         with pytest.raises(Killed): fit_semi_supervised(load_backbone('tiny-clip'), d, recipe, folder=tmp_path)
     (tmp_path/LABEL_FILE).unlink()
     with pytest.raises(FileNotFoundError): fit_semi_supervised(load_backbone('tiny-clip'), d, recipe, folder=tmp_path)

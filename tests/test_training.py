@@ -32,11 +32,11 @@ class Killed(Exception): pass
 
 def killed_after(monkeypatch, steps):
     "Lets so many steps happen."
-    real,count = finetune._backward,itertools.count()
+    real,count = finetune._gradients,itertools.count()
     def step(*args):
         if next(count)==steps: raise Killed
         return real(*args)
-    monkeypatch.setattr(finetune, '_backward', step)
+    monkeypatch.setattr(finetune, '_gradients', step)
 
 @pytest.fixture(scope='module')
 def trained(forty):
@@ -52,8 +52,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(tier, steps, trained, tmp_pa
         killed_after(m, steps)
         with pytest.raises(Killed): fit(tmp_path)
     assert (tmp_path/'checkpoint.safetensors').is_file()==(steps>=3)
-    counted = itertools.count(); real = finetune._backward
-    monkeypatch.setattr(finetune, '_backward', lambda *a: (next(counted), real(*a))[1])
+    counted = itertools.count(); real = finetune._gradients
+    monkeypatch.setattr(finetune, '_gradients', lambda *a: (next(counted), real(*a))[1])
     again = fit(tmp_path)
     assert next(counted)==9-3*(steps//3) # only what was lost is done again
     assert same(again.state, whole.state) and same(again.other, whole.other) and again.best_epoch==whole.best_epoch
@@ -119,7 +119,8 @@ def one_step(recipe, seed=0):
     model = StyleModel(b := load_backbone('tiny-dinov3'), new_classifier(b.dim, seed)).eval()
     g = torch.Generator().manual_seed(seed)
     x,t = torch.rand(8, 3, 96, 96, generator=g),torch.randint(4, (8,), generator=g)
-    loss = finetune._backward(model, x, t, torch.tensor([1.,2.,3.,4.]), recipe, Team())
+    of_classes = finetune.ClassLoss(model, torch.tensor([1.,2.,3.,4.]), Team(), recipe.accumulate)
+    loss = of_classes(finetune._in_precision(model, recipe.precision), x, t, 0)['train_loss']
     return loss,{k:p.grad for k,p in model.named_parameters() if p.grad is not None}
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole():
