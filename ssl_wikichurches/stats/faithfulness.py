@@ -110,7 +110,7 @@ def perturbation_curves(
     maps:torch.Tensor, # (n, g, g), on any grid that divides the side; only the order of patches is used
     labels:torch.Tensor, # (n,) int64, the class of each image that the model was trained on
     names:list, # n image file names
-    groups:list, # n churches (`Churches.groups`): what the statistics count
+    groups:list, # n churches (`groups` of the churches): what the statistics count
     steps:int=12, # parts in which patches are taken, equal up to one patch
     fill:str='gray', # see `blank_images`
     color:tuple=None, # see `blank_images`
@@ -333,7 +333,7 @@ def box_test(
     matched:list, # n of `matched_sets`: expert boxes and matched ones
     labels:torch.Tensor, # (n,) int64, the class of each image that the model was trained on
     names:list, # n image file names
-    groups:list, # n churches (`Churches.groups`): what the statistics count
+    groups:list, # n churches (`groups` of the churches): what the statistics count
     fill:str='gray', # see `blank_images`
     color:tuple=None, # see `blank_images`
     batch:int=32, # images in one forward pass
@@ -362,7 +362,7 @@ def _summary_row(group, seed):
 # %% ../../nbs/05a_faithfulness.ipynb #ae206f58
 def box_summary(
     results:pd.DataFrame, # of `box_test`, of one model
-    classes:tuple, # names of the classes, in class order (`Churches.class_names`)
+    classes:tuple, # names of the classes, in class order (`class_names` of the churches)
     seed:int=0, # of the bootstrap
 )->pd.DataFrame: # per output and style, 'all' first: images, no_room, n (churches), drop, matched, difference, low, high, d_z, p, p_holm, beaten, note
     "Experts' boxes against matched boxes, paired by church: `paired_shift` with BCa intervals."
