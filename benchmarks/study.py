@@ -108,7 +108,8 @@ def new(root):
     from ssl_wikichurches.study.specificity import beyond_controls, control_contrasts, readable_result
     from ssl_wikichurches.study.supervision import supervised_table
     from ssl_wikichurches.study.tables import seeds_table, study_table
-    open_study(root) # modules that recipes need are loaded
+    import sklearn.neighbors # with the next line, all modules are loaded before the clock starts
+    open_study(root)
     def headline():
         opened = open_study(root)
         readable_result(study_table(opened), beyond_controls(opened))

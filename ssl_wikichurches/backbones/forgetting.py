@@ -10,7 +10,7 @@ __all__ = ['HELD_OUT_SEED', 'ANSWERS', 'FEATURES_FORMAT', 'linear_cka', 'neighbo
 # %% ../../nbs/01c_forgetting.ipynb #ab82da07
 import json, os
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 from pathlib import Path
 import numpy as np, torch
@@ -205,6 +205,7 @@ def load_features(
     return RunFeatures(FeatureHeader(**header), tuple(json.loads(texts['images'])), *(tensors[k].numpy() for k in _ARRAYS))
 
 # %% ../../nbs/01c_forgetting.ipynb #2ec3b539
+@lru_cache(maxsize=16) # a study asks for the same frozen encoder once for every run
 def _right(stored, k):
     "Which photographs of the task are labeled rightly by the other half, (m) bool."
     x,y,right = stored.task,stored.answers,np.zeros(len(stored.answers), bool)

@@ -190,7 +190,7 @@ def _write_tables(folder, frames):
 
 def _read_table(path, columns):
     numbers = [c for c,t in columns.items() if t!='text']
-    f = pd.read_csv(path, dtype={c:str for c,t in columns.items() if t=='text'}, keep_default_na=False, na_values={c:[''] for c in numbers}, float_precision='round_trip')
+    f = pd.read_csv(path, dtype={c:str for c,t in columns.items() if t=='text'}, keep_default_na=False, na_values={c:[''] for c in numbers})
     return f.astype({c:columns[c] for c in numbers})
 
 # %% ../../nbs/06k_analysis.ipynb #9826f627

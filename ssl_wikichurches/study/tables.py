@@ -7,6 +7,7 @@ __all__ = ['forgetting_table', 'plain_shifts', 'accuracy_table', 'study_table', 
            'robustness_table', 'study_faithfulness', 'frozen_table']
 
 # %% ../../nbs/06e_tables.ipynb #1848f918
+from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, torch
 from scipy import stats
 from ..attention.capture import mask_patches
@@ -14,6 +15,7 @@ from ..attention.metrics import PRIMARY
 from ..attention.scores import COMPANIONS, higher_is_better, score_maps
 from ..backbones.forgetting import forgetting_scores
 from ..data.churches import ChurchDataset, eval_transform
+from ..data.files import available_cores
 from ..finetune.training import StyleModel
 from ..stats.faithfulness import before_and_after, matched_sets
 from ..stats.families import benjamini_hochberg
@@ -28,7 +30,8 @@ def _forgetting(opened):
     runs = runs[[opened.has(n, 'features.safetensors') for n in runs.name]]
     frozen = {r.model:opened.features(r.name) for r in runs[runs.tier=='frozen'].itertuples()}
     asked = runs[(runs.tier!='frozen')&runs.model.isin(frozen)]
-    rows = [dict(name=r.name, model=r.model, tier=r.tier, **forgetting_scores(frozen[r.model], opened.features(r.name))) for r in asked.itertuples()]
+    one = lambda r: dict(name=r.name, model=r.model, tier=r.tier, **forgetting_scores(frozen[r.model], opened.features(r.name)))
+    with ThreadPoolExecutor(available_cores()) as pool: rows = [*pool.map(one, asked.itertuples())]
     return pd.DataFrame(rows, columns=None if rows else ['name','model','tier'])
 
 def forgetting_table(
