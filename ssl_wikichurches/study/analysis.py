@@ -8,6 +8,7 @@ __all__ = ['BCA', 'BH', 'HEADLINE', 'BESIDE', 'DETAIL', 'HEADS', 'COST', 'ABOUT'
 
 # %% ../../nbs/06k_analysis.ipynb #743abe3f
 import json, os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd, torch
@@ -118,7 +119,7 @@ def _divided(opened, metric, pairs):
     "By style, part, block and head."
     styled,names = styled_scores(opened, metric),opened.churches.class_names
     grids = pd.concat([head_grid(opened, r.model, r.tier, metric) for r in pairs.itertuples()])
-    return dict(styles=style_table(styled, names), style_tests=style_tests(styled), parts=part_table(part_scores(opened), LEAST), blocks=block_table(opened, metric),
+    return dict(styles=style_table(styled, names), parts=part_table(part_scores(opened), LEAST), blocks=block_table(opened, metric),
                 best_blocks=best_block_table(opened, metric), head_grid=grids, heads=head_table(grids), best_heads=best_heads(opened, metric))
 
 def _baselines(opened, metric):
@@ -134,7 +135,11 @@ def study_frames(
     "Compute every table of a study."
     frames,why,pairs = dict(frozen=frozen_table(opened, metric).reset_index()),{},tuned_pairs(opened)
     frames |= _headline(opened, metric)
-    if len(pairs): frames |= dict(robustness=robustness_table(opened), border=border_table(border_scores(opened, metric)))|_divided(opened, metric, pairs)
+    if len(pairs):
+        with ThreadPoolExecutor(1) as aside: # mixed models of a large study are fitted by other processes meanwhile
+            tests = aside.submit(style_tests, styled_scores(opened, metric))
+            frames |= dict(robustness=robustness_table(opened), border=border_table(border_scores(opened, metric)))|_divided(opened, metric, pairs)
+        frames['style_tests'] = tests.result()
     else: why['detail'] = 'No complete run but linear probes: their shift is zero by construction, so there is nothing to divide.'
     try: frames['baselines'] = _baselines(opened, metric)
     except ValueError as e: why['baselines'] = f'There is no such comparison: {e}.'

@@ -23,26 +23,31 @@ from .reader import OpenStudy, Photographs
 from ..attention.scores import score_maps
 
 # %% ../../nbs/06h_blind_baselines.ipynb #92fba580
+def _top_pixels(maps, size, q):
+    "`top_pixels` of some maps."
+    flat = upsample(maps, size).flatten(1)
+    if not torch.stack(torch.aminmax(flat)).isfinite().all(): raise ValueError("maps hold values that are not finite")
+    k = n_kept(flat.shape[1], q)
+    lowest,flat = flat.topk(k, dim=1, sorted=False).values.amin(1).numpy(),flat.numpy()
+    top = flat>=lowest[:,None]
+    surplus = np.count_nonzero(top, axis=1)-k # pixels at the lowest value that there is no room for: the last ones
+    for i in np.flatnonzero(surplus): top[i,np.flatnonzero(flat[i]==lowest[i])[-surplus[i]:]] = False
+    return torch.from_numpy(top).reshape(len(flat), size, size)
+
 def top_pixels(
     maps:torch.Tensor, # (n, g, g) float32, finite
     size:int, # side of the frame, in pixels
     q:float=90, # percentile
 )->torch.Tensor: # (n, size, size) bool: the top pixels of each map
     "The pixels that `iou_at_percentile` keeps, found without sorting the others; ties go to the earlier pixel."
-    flat = upsample(maps, size).flatten(1)
-    if not torch.stack(torch.aminmax(flat)).isfinite().all(): raise ValueError("maps hold values that are not finite")
-    k = n_kept(flat.shape[1], q)
-    lowest = flat.kthvalue(flat.shape[1]-k+1, dim=1, keepdim=True).values
-    above,level = flat>lowest,flat==lowest
-    room = k-above.sum(1, keepdim=True) # for pixels at the lowest value: the first ones
-    return (above|(level&(level.cumsum(1)<=room))).reshape(len(flat), size, size)
+    return torch.cat([_top_pixels(m, size, q) for m in maps.split(16)]) # so few at a time that they stay in the cache of the processor
 
 # %% ../../nbs/06h_blind_baselines.ipynb #665a2a63
 def _top_iou(maps, seen, q):
     "(n) IoU of each map's top pixels, without what else `score_maps` computes."
-    top,masks = top_pixels(maps, seen.size, q).flatten(1),seen.masks.flatten(1)
-    hits = (top&masks).sum(1).double()
-    return (hits/(n_kept(masks.shape[1], q)+masks.sum(1)-hits)).numpy()
+    top,masks = top_pixels(maps, seen.size, q).flatten(1).numpy(),seen.masks.flatten(1).numpy()
+    hits = np.count_nonzero(top&masks, axis=1)
+    return hits/(n_kept(masks.shape[1], q)+np.count_nonzero(masks, axis=1)-hits)
 
 def score_like(
     seen:Photographs, # of a model
@@ -164,18 +169,21 @@ def baseline_plot(
 # %% ../../nbs/06h_blind_baselines.ipynb #0d80424c
 def _ring_share(maps, ring): return (1-suppress_border(maps, ring).sum((-2,-1))/maps.sum((-2,-1))).numpy()
 
-def _by_image(seen, maps, metric):
-    "A row per image, a column per map."
-    return score_like(seen, maps, metric).pivot(index='image', columns='map', values='value').loc[[*seen.names], [*maps]]
+def _by_image(opened, seen, run, block, ring, metric, name):
+    "A row per image: the score of a run's map, as it was stored, and that of the map without its border."
+    d = score_like(seen, {f'{name}_inside':suppress_border(opened.mean_maps(run, block), ring)}, metric)
+    inside = d.pivot(index='image', columns='map', values='value').loc[[*seen.names]]
+    inside.insert(0, name, opened.values(run, metric, block))
+    return inside
 
 def _border_of_model(opened, model, metric, block, ring):
     "`border_scores` of one model; what is of the frozen map is scored once."
     runs,seen,own = opened.of_kind(),opened.photographs(model),opened.mean_maps(opened.frozen[model], block)
-    frozen = _by_image(seen, dict(frozen=own, frozen_inside=suppress_border(own, ring)), metric)
+    frozen = _by_image(opened, seen, opened.frozen[model], block, ring, metric, 'frozen')
     tuned = runs[(runs.model==model)&~runs.tier.isin(['frozen','linear'])]
     for r in [r for _,g in tuned.groupby('tier', sort=False) for r in g.itertuples()]:
         maps = opened.mean_maps(r.name, block)
-        scores = frozen.join(_by_image(seen, dict(tuned=maps, tuned_inside=suppress_border(maps, ring)), metric)).reset_index()
+        scores = frozen.join(_by_image(opened, seen, r.name, block, ring, metric, 'tuned')).reset_index()
         yield scores.assign(model=model, tier=r.tier, seed=r.seed, church=[*seen.groups], ring_before=_ring_share(own, ring), ring_after=_ring_share(maps, ring))
 
 # %% ../../nbs/06h_blind_baselines.ipynb #791b10c7

@@ -192,7 +192,7 @@ def of_kind(self:OpenStudy,
 @patch(as_prop=True)
 def frozen(self:OpenStudy)->dict: # model -> name of its complete frozen run
     "The frozen runs."
-    return {r.model:r.name for r in self.of_kind().itertuples() if r.tier=='frozen'}
+    return self.keep('frozen', lambda: {r.model:r.name for r in self.of_kind().itertuples() if r.tier=='frozen'})
 
 # %% ../../nbs/06c_reader.ipynb #bf29f082
 @patch
@@ -395,22 +395,25 @@ def mean_maps(self:OpenStudy,
     block:int=-1, # -1: the last
 )->torch.Tensor: # (n, g, g) float32, of the images of `photographs`
     "A run's maps of one block, mean over heads. Refused if they are not of the images that the frozen run of its model measured."
-    model = self.runs[self.runs.name==run].iloc[0].model
+    model = self.keep('model of', lambda: dict(zip(self.runs.name, self.runs.model)))[run]
     images,maps = self.keep(('mean maps',run,block), lambda: _slice(self.path/run/'maps.safetensors', block))
     if images!=self.photographs(model).names: raise ValueError(f"{run} measured other images than the frozen run of its model, or in another order")
     return maps
 
 # %% ../../nbs/06c_reader.ipynb #0dc68268
-@patch
-def photographs(self:OpenStudy,
-    model:str,
-)->Photographs:
-    "What the frozen run of a model was measured on; read once for all models that saw the same."
+def _photographs(self, model):
     if model not in self.frozen: raise FileNotFoundError(f"{self.path} holds no complete frozen run of {model}: run the study first")
     name,spec = self.frozen[model],self.of_kind().query("model==@model and tier=='frozen'").spec.iloc[0]
     size,(images,_) = spec['size'],self.keep(('mean maps',name,-1), lambda: _slice(self.path/name/'maps.safetensors', -1))
     dataset = lambda: ChurchDataset(self.churches, [*images], eval_transform(size, self.study.geometry))
     return self.keep(('photographs',images,size), lambda: Photographs(dataset(), tuple(self.groups(images)), size))
+
+@patch
+def photographs(self:OpenStudy,
+    model:str,
+)->Photographs:
+    "What the frozen run of a model was measured on; read once for all models that saw the same."
+    return self.keep(('photographs of',model), lambda: _photographs(self, model))
 
 # %% ../../nbs/06c_reader.ipynb #f253e8b9
 def load_run(

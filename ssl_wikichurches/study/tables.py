@@ -10,6 +10,7 @@ __all__ = ['forgetting_table', 'plain_shifts', 'accuracy_table', 'study_table', 
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, torch
 from scipy import stats
+from threadpoolctl import threadpool_limits
 from ..attention.capture import mask_patches
 from ..attention.metrics import PRIMARY
 from ..attention.scores import COMPANIONS, higher_is_better, score_maps
@@ -31,7 +32,7 @@ def _forgetting(opened):
     frozen = {r.model:opened.features(r.name) for r in runs[runs.tier=='frozen'].itertuples()}
     asked = runs[(runs.tier!='frozen')&runs.model.isin(frozen)]
     one = lambda r: dict(name=r.name, model=r.model, tier=r.tier, **forgetting_scores(frozen[r.model], opened.features(r.name)))
-    with ThreadPoolExecutor(available_cores()) as pool: rows = [*pool.map(one, asked.itertuples())]
+    with threadpool_limits(1), ThreadPoolExecutor(available_cores()) as pool: rows = [*pool.map(one, asked.itertuples())]
     return pd.DataFrame(rows, columns=None if rows else ['name','model','tier'])
 
 def forgetting_table(
