@@ -160,7 +160,7 @@ class OpenStudy:
     church_of:dict=None # image -> church; None in folders that do not say: then file names do
     _kept:dict = field(default_factory=dict, repr=False)
 
-    def __repr__(self): return f"OpenStudy({self.study.name}: {len(self.runs)} complete runs, {len(self.missing)} missing, in {self.path})"
+    def __repr__(self): return f"OpenStudy({self.study.name}: {len(self.runs)} complete runs, {len(self.missing)} missing)"
     def keep(self, key, make): # what was made under `key` before, or made now
         if key not in self._kept: self._kept[key] = make()
         return self._kept[key]
