@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.backbones.encoders import load_backbone
-from ssl_wikichurches.finetune import controls
 from ssl_wikichurches.finetune.controls import LIGHT, other_task, random_labels, randomly_initialized, read_countries
 from ssl_wikichurches.data.churches import church_id, read_churches
 from ssl_wikichurches.data.download import load_churches
