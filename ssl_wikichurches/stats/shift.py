@@ -158,10 +158,10 @@ def holm(
     p:pd.Series, # nan where there is no hypothesis
 )->pd.Series: # nan at the same places
     "Holm's correction over the family of those that have a p."
-    values,out = p.to_numpy(float), np.full(len(p), np.nan)
-    order = np.argsort(values, kind='stable')[:np.isfinite(values).sum()] # smallest first, nan left out
-    out[order] = np.minimum(np.maximum.accumulate(values[order]*np.arange(len(order), 0, -1)), 1)
-    return pd.Series(out, p.index)
+    from statsmodels.stats.multitest import multipletests
+    family,out = p.notna(),pd.Series(np.nan, p.index)
+    if family.any(): out[family] = multipletests(p[family].astype(float), method='holm')[1]
+    return out
 
 # %% ../../nbs/05_iou_stats.ipynb #423046b4
 TIER_ORDER = (LINEAR,'lora','full') # other tiers follow in the order in which they come
