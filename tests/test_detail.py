@@ -102,8 +102,9 @@ def test_joint_test_is_the_f_test_of_nested_models():
 def test_joint_test_with_several_rows_is_the_mixed_model():
     s = made_scores(np.random.default_rng(4), effect=.05)
     r = style_tests(s).iloc[0]
-    m = moderation(s.assign(shift=s.after-s.before)).set_index('term')
-    assert r.test=='mixed model, Wald' and r.p==m.p['style, jointly']<1e-4 and r['rows']==80 and r.n==20
+    photographs = s.assign(shift=s.after-s.before).groupby(['image','church','style'], as_index=False)[['shift','area']].mean()
+    m = moderation(photographs).set_index('term')
+    assert r.test=='mixed model, Wald' and r.p==m.p['style, jointly']<1e-4 and r['rows']==40 and r.n==20
     assert style_tests(made_scores(np.random.default_rng(4))).p.item()>.01
 
 @pytest.mark.parametrize('change,note', [(lambda s: s.assign(style='Gothic'), 'one style'), (lambda s: s[s.church.isin(['Q0','Q1','Q2','Q3'])], 'too few'), (lambda s: s.assign(after=s.before), 'the same'),

@@ -84,10 +84,11 @@ def split_half_heads(
     n = len(x); half = n//2
     if n<6: raise ValueError(f"{n} churches: two halves need at least 6")
     labels = _labels(values.columns, 'head').to_dict('records')
+    t = scipy.stats.t.ppf(.975, n-half-1)
     for k in range(repeats):
         order = rng.permutation(n); a,b = x[order[:half]], x[order[half:]]
         best = a.mean(0).argmax(); held = b[:,best]
-        reach = scipy.stats.t.ppf(.975, len(b)-1)*held.std(ddof=1)/len(b)**.5
+        reach = t*held.std(ddof=1)/len(b)**.5
         rows.append(dict(repeat=k)|labels[best]|dict(n_chosen=half, n=len(b), unit='score', chosen=a[:,best].mean(),
                                                      estimate=held.mean(), low=held.mean()-reach, high=held.mean()+reach))
     return pd.DataFrame(rows)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'IDENTICAL', 'CONSTANT', 'COLUMNS', 'TIER_ORDER', 'hedges_factor', 'resampled_means', 'bca_interval',
-           'paired_shift', 'check_scores', 'by_church', 'assert_identical', 'holm', 'in_order', 'shift_table',
-           'pair_scores', 'readable_table']
+           'paired_shift', 'check_scores', 'by_church', 'assert_identical', 'holm', 'in_order', 'uncorrected_shifts',
+           'shift_table', 'pair_scores', 'readable_table']
 
 # %% ../../nbs/05_iou_stats.ipynb #121743a2
 import os
@@ -180,19 +180,27 @@ def _linear_row(group, pair):
     assert_identical(group)
     return dict(n=len(pair), before=pair.before.mean(), after=pair.after.mean(), shift=0., low=0., high=0., note=IDENTICAL)
 
-def shift_table(
+def uncorrected_shifts(
     scores:pd.DataFrame, # columns model, tier, seed, image, church, before, after; one metric
     seed:int=0, # of the bootstrap
-)->pd.DataFrame: # per model and tier: n (churches), seeds, before, after, shift, low, high, d_z, d_av, t, p, p_holm, note
-    "The shift of every model and tier; Holm over all rows but the linear ones."
+)->pd.DataFrame: # per model and tier: n (churches), seeds, before, after, shift, low, high, d_z, d_av, t, p, note
+    "The shift of every model and tier, each row by itself."
     groups = in_order(check_scores(scores).groupby(['model','tier'], sort=False))
     means = by_church(scores, ['model','tier'])
     pairs = [means.loc[k] for k,_ in groups] # of the same churches: `check_scores` has seen to it
     ends = np.transpose(bca_interval(np.stack([p.after-p.before for p in pairs], 1), seed)) if len(pairs[0])>2 else np.zeros((len(pairs),2))
     rows = [_linear_row(g, p) if t==LINEAR else _row(*_pairs(p.before, p.after), *e) for ((_,t),g),p,e in zip(groups, pairs, ends)]
     table = pd.DataFrame([dict(model=m, tier=t, seeds=g.seed.nunique(), **r) for ((m,t),g),r in zip(groups, rows)])
-    table = table.reindex(columns=['model','tier','n','seeds','before','after','shift','low','high','d_z','d_av','t','p','p_holm','note'])
-    return table.assign(p_holm=holm(table.p)) # linear rows have no p
+    return table.reindex(columns=['model','tier','n','seeds','before','after','shift','low','high','d_z','d_av','t','p','note'])
+
+def shift_table(
+    scores:pd.DataFrame, # as in `uncorrected_shifts`
+    seed:int=0, # of the bootstrap
+)->pd.DataFrame: # as of `uncorrected_shifts`, and p_holm
+    "The shift of every model and tier; Holm over all rows but the linear ones, which have no p."
+    table = uncorrected_shifts(scores, seed)
+    table.insert(table.columns.get_loc('note'), 'p_holm', holm(table.p))
+    return table
 
 # %% ../../nbs/05_iou_stats.ipynb #68d941d4
 def _read_scores(table, name, only, run):

@@ -8,7 +8,6 @@ __all__ = ['BCA', 'BH', 'HEADLINE', 'BESIDE', 'DETAIL', 'HEADS', 'COST', 'ABOUT'
 
 # %% ../../nbs/06k_analysis.ipynb #743abe3f
 import json, os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd, torch
@@ -21,6 +20,7 @@ from .reader import OpenStudy
 from .specificity import beyond_controls, control_contrasts, control_table
 from .supervision import supervised_table, supervision_contrasts
 from .tables import cost_table, forgetting_table, frozen_table, robustness_table, seeds_table, study_table
+from ..finetune.tiers import FROZEN, LINEAR
 
 # %% ../../nbs/06k_analysis.ipynb #ef63f67e
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ BESIDE = (
 DETAIL = (
     About('styles', 'The shift within every style', 'the metric', f'{BCA}, each row by itself, so some of many will miss', 'none: that one interval excludes zero and another does not is no difference between styles',
           'A photograph counts once, under its class. area: median share of the frame in boxes, which bounds what a map can score.'),
-    About('style_tests', 'Does the shift depend on the style, given log2 of the area of the boxes', 'the metric', '', BH, 'Seeds are taken as given. per_doubling: shift that goes with twice the area.'),
+    About('style_tests', 'Does the shift depend on the style, given log2 of the area of the boxes', 'the metric', '', BH, 'Seeds are averaged and taken as given. per_doubling: shift that goes with twice the area.'),
     About('parts', 'The shift by kind of building part', 'recall among the top 10 % of the pixels; blind choice has .1', f'{BCA}, each row by itself', BH,
           'A kind unites its boxes in an image. Recalls of different kinds share one top 10 %: what one gains, another or the background loses. Seeds are averaged and taken as given.'),
     About('blocks', 'The shift of every block', 'the metric, mean over heads', '', 'sign flips of churches; p_step_down is corrected over the blocks of a model and tier by the largest |t|',
@@ -119,7 +119,7 @@ def _divided(opened, metric, pairs):
     "By style, part, block and head."
     styled,names = styled_scores(opened, metric),opened.churches.class_names
     grids = pd.concat([head_grid(opened, r.model, r.tier, metric) for r in pairs.itertuples()])
-    return dict(styles=style_table(styled, names), parts=part_table(part_scores(opened), LEAST), blocks=block_table(opened, metric),
+    return dict(styles=style_table(styled, names), style_tests=style_tests(styled), parts=part_table(part_scores(opened), LEAST), blocks=block_table(opened, metric),
                 best_blocks=best_block_table(opened, metric), head_grid=grids, heads=head_table(grids), best_heads=best_heads(opened, metric))
 
 def _baselines(opened, metric):
@@ -136,10 +136,7 @@ def study_frames(
     frames,why,pairs = dict(frozen=frozen_table(opened, metric).reset_index()),{},tuned_pairs(opened)
     frames |= _headline(opened, metric)
     if len(pairs):
-        with ThreadPoolExecutor(1) as aside: # mixed models of a large study are fitted by other processes meanwhile
-            tests = aside.submit(style_tests, styled_scores(opened, metric))
-            frames |= dict(robustness=robustness_table(opened), border=border_table(border_scores(opened, metric)))|_divided(opened, metric, pairs)
-        frames['style_tests'] = tests.result()
+        frames |= dict(robustness=robustness_table(opened), border=border_table(border_scores(opened, metric)))|_divided(opened, metric, pairs)
     else: why['detail'] = 'No complete run but linear probes: their shift is zero by construction, so there is nothing to divide.'
     try: frames['baselines'] = _baselines(opened, metric)
     except ValueError as e: why['baselines'] = f'There is no such comparison: {e}.'
@@ -165,7 +162,7 @@ def study_facts(
     "What a report says of a study beside its tables."
     runs,(copies,problems) = opened.of_kind('all'),opened.left_out
     first = runs.iloc[0]
-    recipes = {r.tier:r.recipe for r in runs[runs.tier!='frozen'].itertuples()}
+    recipes = {r.tier:r.recipe for r in runs[runs.tier!=FROZEN].itertuples()}
     split = {p:int(first[f'n_{p}']) for p in ('train','val','eval','test') if first.get(f'n_{p}')}
     return dict(study=asdict(opened.study), metric=metric, missing=[*opened.missing], split=split, recipes=recipes, **_photographs(opened, metric),
                 copies=[f'{r.image} (of {r.copy_of})' for r in copies.itertuples()], problems=[f'{r.image}: {r.problem}' for r in problems.itertuples()],
@@ -222,7 +219,7 @@ def analyse(
 )->Analysis: # as `read_tables` gives
     "Compute all tables of a study and write them to `tables/` in its folder."
     frames,why = study_frames(opened, metric)
-    rows = frames['shift'].query("tier!='linear'") if 'shift' in frames else pd.DataFrame(columns=['model','tier'])
+    rows = frames['shift'].query('tier!=@LINEAR') if 'shift' in frames else pd.DataFrame(columns=['model','tier'])
     found = {f'{r.model}/{r.tier}':examples(opened, r.model, r.tier, metric) for r in rows.itertuples()}
     (folder := opened.path/'tables').mkdir(exist_ok=True)
     (folder/'tables.json').unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from ..attention.metrics import PRIMARY, n_kept, upsample
 from ..attention.plots import model_color
 from .reader import OpenStudy, Photographs
 from ..attention.scores import score_maps
+from ..finetune.tiers import FROZEN, LINEAR
 
 # %% ../../nbs/06h_blind_baselines.ipynb #92fba580
 def _top_pixels(maps, size, q):
@@ -180,7 +181,7 @@ def _border_of_model(opened, model, metric, block, ring):
     "`border_scores` of one model; what is of the frozen map is scored once."
     runs,seen,own = opened.of_kind(),opened.photographs(model),opened.mean_maps(opened.frozen[model], block)
     frozen = _by_image(opened, seen, opened.frozen[model], block, ring, metric, 'frozen')
-    tuned = runs[(runs.model==model)&~runs.tier.isin(['frozen','linear'])]
+    tuned = runs[(runs.model==model)&~runs.tier.isin((FROZEN,LINEAR))]
     for r in [r for _,g in tuned.groupby('tier', sort=False) for r in g.itertuples()]:
         maps = opened.mean_maps(r.name, block)
         scores = frozen.join(_by_image(opened, seen, r.name, block, ring, metric, 'tuned')).reset_index()

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from ..attention.plots import model_color, require_columns
-from ..finetune.tiers import FROZEN, TIERS
+from ..finetune.tiers import FROZEN, LINEAR, TIERS
 
 # %% ../../nbs/06d_figures.ipynb #fbce3013
 TIER_MARKERS = {FROZEN:'.'}|{t.name:t.marker for t in TIERS.values()}
@@ -24,7 +24,7 @@ def tier_marker(
     "Marker of a tier; one triangle for all that are unknown."
     return TIER_MARKERS.get(tier.partition('-')[0], '^')
 
-def _drawn(tier, color): return dict(marker=tier_marker(tier), mfc='white' if tier=='linear' else color)
+def _drawn(tier, color): return dict(marker=tier_marker(tier), mfc='white' if tier==LINEAR else color)
 
 # %% ../../nbs/06d_figures.ipynb #a4e0df6e
 def forest_plot(
@@ -42,7 +42,7 @@ def forest_plot(
         ax.plot(r.shift, y, color=color, ms=6, **_drawn(r.tier, color))
     ax.set_yticks(range(len(table)), [f'{r.model}  {r.tier}' for r in table.itertuples()], fontsize=8)
     ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=4)
-    ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t+' (zero by construction)'*(t=='linear'), **_drawn(t, 'gray'))
+    ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t+' (zero by construction)'*(t==LINEAR), **_drawn(t, 'gray'))
                        for t in dict.fromkeys(table.tier)], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax
 
@@ -60,11 +60,11 @@ def slope_plot(
         color,first,side = model_color(model), rows.before.iloc[0], .07*(i-(len(models)-1)/2)
         x = np.array([0, *(1+tiers.index(t) for t in rows.tier)])+side
         ax.plot(x, [first, *rows.after], color=color, lw=1, label=model)
-        ax.plot(x[0], first, color=color, ms=8, **_drawn('frozen', color))
+        ax.plot(x[0], first, color=color, ms=8, **_drawn(FROZEN, color))
         for at,r in zip(x[1:], rows.itertuples()):
-            if r.tier!='linear' and np.isfinite([r.low,r.high]).all(): ax.plot([at,at], [first+r.low,first+r.high], color=color, lw=1.5)
+            if r.tier!=LINEAR and np.isfinite([r.low,r.high]).all(): ax.plot([at,at], [first+r.low,first+r.high], color=color, lw=1.5)
             ax.plot(at, r.after, color=color, ms=5, **_drawn(r.tier, color))
-    ax.set_xticks(range(len(tiers)+1), ['frozen', *tiers], fontsize=8); ax.set_xlim(-.35, len(tiers)+.35)
+    ax.set_xticks(range(len(tiers)+1), [FROZEN, *tiers], fontsize=8); ax.set_xlim(-.35, len(tiers)+.35)
     ax.set_ylabel(ylabel, fontsize=9); ax.legend(fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return ax
 

@@ -26,7 +26,7 @@ from ..data.download import load_churches
 from ..data.files import available_cores
 from ..data.splits import Split, class_labels, load_split
 from ..finetune.training import load_classifier
-from ..finetune.tiers import tier_method
+from ..finetune.tiers import FROZEN, tier_method
 from .plan import Run, Study, as_study, study_runs
 from .runs import store_scores
 
@@ -34,7 +34,7 @@ from .runs import store_scores
 RUN_KINDS = ('plain','supervised','control','all')
 
 def _kind(run): # fields of its two files
-    if run['tier']!='frozen' and tier_method(run['tier']).control: return 'control'
+    if run['tier']!=FROZEN and tier_method(run['tier']).control: return 'control'
     return 'supervised' if run.get('held_out') else 'plain'
 
 def _read_runs(path, names):
@@ -165,7 +165,7 @@ class OpenStudy:
         if key not in self._kept: self._kept[key] = make()
         return self._kept[key]
     def groups(self, names)->list: # church of each image
-        return [church_id(n) for n in names] if self.church_of is None else [self.church_of[n] for n in names]
+        return [*map(church_id if self.church_of is None else self.church_of.__getitem__, np.asarray(names, object))] # pandas is slow to walk through text
 
 # %% ../../nbs/06c_reader.ipynb #df814524
 def open_study(
@@ -192,7 +192,7 @@ def of_kind(self:OpenStudy,
 @patch(as_prop=True)
 def frozen(self:OpenStudy)->dict: # model -> name of its complete frozen run
     "The frozen runs."
-    return self.keep('frozen', lambda: {r.model:r.name for r in self.of_kind().itertuples() if r.tier=='frozen'})
+    return self.keep('frozen', lambda: {r.model:r.name for r in self.of_kind().itertuples() if r.tier==FROZEN})
 
 # %% ../../nbs/06c_reader.ipynb #bf29f082
 @patch
@@ -266,7 +266,7 @@ def read_means(self:OpenStudy,
     "Read several metrics of all runs at once; what was read before is kept."
     known = self.keep('means', dict)
     if new := [m for m in metrics if m not in self.keep('metrics read', set)]:
-        read = lambda r: _read_means(self.path/r.name, new, r.tier=='frozen')
+        read = lambda r: _read_means(self.path/r.name, new, r.tier==FROZEN)
         runs = [*self.of_kind('all').itertuples()]
         with ThreadPoolExecutor(min(4, available_cores())) as pool: found = [*pool.map(read, runs)]
         for r,cells in zip(runs, found): known.update({(r.name,m):c for m,c in cells.items()})
@@ -318,9 +318,9 @@ def beside_frozen(
 )->pd.DataFrame: # model, tier, seed, image, church, before, after
     "Any score of every fine-tuned run of a kind beside that of its start."
     columns,parts = ['model','tier','seed','image','church','before','after'],[]
-    frozen = {r.model:score(r) for r in opened.of_kind().itertuples() if r.tier=='frozen'}
+    frozen = {r.model:score(r) for r in opened.of_kind().itertuples() if r.tier==FROZEN}
     for r in opened.of_kind(kind).itertuples():
-        if r.tier=='frozen' or ((before := start(r)) is None and (before := frozen.get(r.model)) is None): continue
+        if r.tier==FROZEN or ((before := start(r)) is None and (before := frozen.get(r.model)) is None): continue
         parts.append(_beside(opened, r, before, score(r)))
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
@@ -403,7 +403,7 @@ def mean_maps(self:OpenStudy,
 # %% ../../nbs/06c_reader.ipynb #0dc68268
 def _photographs(self, model):
     if model not in self.frozen: raise FileNotFoundError(f"{self.path} holds no complete frozen run of {model}: run the study first")
-    name,spec = self.frozen[model],self.of_kind().query("model==@model and tier=='frozen'").spec.iloc[0]
+    name,spec = self.frozen[model],self.of_kind().query('model==@model and tier==@FROZEN').spec.iloc[0]
     size,(images,_) = spec['size'],self.keep(('mean maps',name,-1), lambda: _slice(self.path/name/'maps.safetensors', -1))
     dataset = lambda: ChurchDataset(self.churches, [*images], eval_transform(size, self.study.geometry))
     return self.keep(('photographs',images,size), lambda: Photographs(dataset(), tuple(self.groups(images)), size))
@@ -424,7 +424,7 @@ def load_run(
     if not (folder/'run.json').is_file(): raise FileNotFoundError(f"{folder} holds no complete run (no run.json)")
     run = Run(**json.loads((folder/'recipe.json').read_text()))
     backbone = load_backbone(run.source, size=run.size or None)
-    if run.tier=='frozen': return backbone, None
+    if run.tier==FROZEN: return backbone, None
     state = load_file(folder/'model.safetensors')
     tier = tier_method(run.tier)
     return tier.restore(backbone, tier.recipe(**run.recipe), state), load_classifier(state)

@@ -9,7 +9,7 @@ __all__ = ['VERDICTS', 'control_table', 'control_contrasts', 'beyond_controls', 
 import pandas as pd
 from ..attention.metrics import PRIMARY
 from ..attention.scores import higher_is_better
-from ..finetune.tiers import CONTROLS, tier_method
+from ..finetune.tiers import CONTROLS, LINEAR, tier_method
 from ..stats.shift import bca_interval, by_church, holm, paired_shift, readable_table, shift_table
 from .reader import OpenStudy
 from .tables import plain_shifts
@@ -48,7 +48,7 @@ def _contrast(mine, theirs):
 def _all_contrasts(opened, metric):
     controls = {k:by_church(g) for k,g in opened.scores(metric, kind='control').groupby(['model','tier'], sort=False)}
     rows = []
-    for (model,tier),s in opened.scores(metric).query("tier!='linear'").groupby(['model','tier'], sort=False):
+    for (model,tier),s in opened.scores(metric).query('tier!=@LINEAR').groupby(['model','tier'], sort=False):
         mine = by_church(s)
         for c in _controls_of(tier, [t for m,t in controls if m==model]).values():
             rows.append(dict(model=model, tier=tier, minus=c, of=tier_method(c).of, **_contrast(mine, controls[model,c])))
@@ -82,7 +82,7 @@ def beyond_controls(
 )->pd.DataFrame: # model, tier, shift, low, high (BCa, 95 %), task_driven (one of `VERDICTS`), beyond, not_beyond, missing (controls), p_controls, p_holm; linear left out
     "Is a positive shift larger than under every control?"
     contrasts,up = control_contrasts(opened, metric),higher_is_better(metric)
-    table = plain_shifts(opened, metric).query("tier!='linear'")
+    table = plain_shifts(opened, metric).query('tier!=@LINEAR')
     said = [_verdict(r, up, contrasts[(contrasts.model==r.model)&(contrasts.tier==r.tier)]) for r in table.itertuples()]
     out = table[['model','tier','shift','low','high']].reset_index(drop=True).join(pd.DataFrame(said, columns=['task_driven','beyond','not_beyond','missing','p_controls']))
     return out.assign(p_holm=holm(out.p_controls.astype(float)))

@@ -20,8 +20,9 @@ from ..data.files import available_cores
 from ..finetune.training import StyleModel
 from ..stats.faithfulness import before_and_after, matched_sets
 from ..stats.families import benjamini_hochberg
-from ..stats.seeds import crossed_bootstrap, seed_variance, shift_grid
-from ..stats.shift import shift_table
+from ..stats.seeds import crossed_bootstrap, seed_variance, shift_grids
+from ..stats.shift import shift_table, uncorrected_shifts
+from ..finetune.tiers import FROZEN, LINEAR
 from .reader import OpenStudy, beside_frozen
 
 # %% ../../nbs/06e_tables.ipynb #95b809be
@@ -29,10 +30,10 @@ def _forgetting(opened):
     "What every fine-tuned run forgot, a row for each."
     runs = opened.of_kind('all')
     runs = runs[[opened.has(n, 'features.safetensors') for n in runs.name]]
-    frozen = {r.model:opened.features(r.name) for r in runs[runs.tier=='frozen'].itertuples()}
-    asked = runs[(runs.tier!='frozen')&runs.model.isin(frozen)]
+    frozen = {r.model:opened.features(r.name) for r in runs[runs.tier==FROZEN].itertuples()}
+    asked = runs[(runs.tier!=FROZEN)&runs.model.isin(frozen)]
     one = lambda r: dict(name=r.name, model=r.model, tier=r.tier, **forgetting_scores(frozen[r.model], opened.features(r.name)))
-    with threadpool_limits(1), ThreadPoolExecutor(available_cores()) as pool: rows = [*pool.map(one, asked.itertuples())]
+    with ThreadPoolExecutor(available_cores(), initializer=threadpool_limits, initargs=(1,)) as pool: rows = [*pool.map(one, asked.itertuples())]
     return pd.DataFrame(rows, columns=None if rows else ['name','model','tier'])
 
 def forgetting_table(
@@ -68,7 +69,7 @@ def accuracy_table(
     "What the fine-tuned runs say of the style of a church."
     runs = opened.of_kind()
     test = lambda scores: {f'test_{k}':v for k,v in scores.get('test', {}).items()}
-    rows = [dict(model=r.model, tier=r.tier, **r.scores['eval'], **test(r.scores)) for r in runs[runs.tier!='frozen'].itertuples()]
+    rows = [dict(model=r.model, tier=r.tier, **r.scores['eval'], **test(r.scores)) for r in runs[runs.tier!=FROZEN].itertuples()]
     return pd.DataFrame(rows).groupby(['model','tier'], as_index=False).mean()
 
 def study_table(
@@ -99,9 +100,8 @@ def masked_scores(
     return beside_frozen(opened, score)
 
 # %% ../../nbs/06e_tables.ipynb #ee3295ae
-def _over_seeds(scores):
+def _over_seeds(grid):
     "Fields of `seeds_table` of one model and tier."
-    grid = shift_grid(scores)
     both,crossed = seed_variance(grid).set_index('source'),crossed_bootstrap(grid).iloc[0]
     sd,both = both.loc['seeds','sd'],both.loc['both']
     return dict(n=both.n, seeds=both.seeds, shift=both.estimate, sd_of_seeds=sd, low=both.low, high=both.high, crossed_low=crossed.low, crossed_high=crossed.high)
@@ -111,8 +111,8 @@ def seeds_table(
     metric:str=PRIMARY,
 )->pd.DataFrame: # per model and tier (but linear) with at least two seeds: n (churches), seeds, shift, sd over seeds, interval over churches and seeds; may be empty
     "What holds over churches and seeds: mean squares with Satterthwaite's df, and the crossed bootstrap (`crossed_low`, `crossed_high`)."
-    groups = _plain_scores(opened, metric).groupby(['model','tier'], sort=False)
-    rows = [dict(model=m, tier=t, **_over_seeds(s)) for (m,t),s in groups if t!='linear' and s.seed.nunique()>1]
+    grids = shift_grids(_plain_scores(opened, metric))
+    rows = [dict(model=m, tier=t, **_over_seeds(g)) for (m,t),g in grids.items() if t!=LINEAR and g.shape[1]>1]
     return pd.DataFrame(rows, columns=['model','tier','n','seeds','shift','sd_of_seeds','low','high','crossed_low','crossed_high'])
 
 # %% ../../nbs/06e_tables.ipynb #e41013a0
@@ -120,7 +120,7 @@ def cost_table(
     opened:OpenStudy,
 )->pd.DataFrame: # per model and tier: trained weights, epochs, and seconds of a whole run on what `processor` names, averaged over seeds; may be empty
     "What the runs of a study cost. Seconds count from the last start of a run, and compare only on a machine that had nothing else to do."
-    runs = opened.of_kind('all').query("tier!='frozen'")
+    runs = opened.of_kind('all').query('tier!=@FROZEN')
     if runs.empty: return pd.DataFrame(columns=['model','tier','trained_weights','epochs','seconds','seeds','processor'])
     groups = runs.groupby(['model','tier'], sort=False)
     said = dict(trained_weights=('n_trainable','first'), epochs=('epochs','mean'), seconds=('seconds','mean'), seeds=('seed','nunique'), processor=('processor','first'))
@@ -130,7 +130,7 @@ def cost_table(
 def _by_metric(opened, metric):
     "The rows of one metric."
     up,chance = higher_is_better(metric),{m:d.chance.mean() for m,d in opened.levels(metric).groupby('model')}
-    t = plain_shifts(opened, metric).query("tier!='linear'")
+    t = uncorrected_shifts(_plain_scores(opened, metric)).query('tier!=@LINEAR')
     return t.assign(metric=metric, better='higher' if up else 'lower', chance=t.model.map(chance), gain=t.d_z*(1 if up else -1))
 
 def robustness_table(
@@ -157,7 +157,7 @@ def study_faithfulness(
     device:str='cpu',
 )->tuple: # of `before_and_after`: results of both, changes per image, mean changes with their intervals
     "The box test before and after fine-tuning."
-    before,after = (_style_model(opened, f'{model}-{t}-seed{seed}', device) for t in ('linear',tier))
+    before,after = (_style_model(opened, f'{model}-{t}-seed{seed}', device) for t in (LINEAR,tier))
     spec,images = before.backbone.spec,opened.photographs(model).names
     items = ChurchDataset(opened.churches, images, eval_transform(spec.size, opened.study.geometry), opened.labels)
     known = [i for i in items if i['label']>=0]
