@@ -2,12 +2,14 @@
 
     python benchmarks/study.py [--folder FOLDER] [--models 6] [--seeds 5] [--images 139] [--variants 12]
 
-The study is made up. Three real runs of one tiny backbone are trained on drawn churches; their scores, maps and features are enlarged to the size of a ViT-B (12 blocks, 12 heads and their mean, every metric, 14 x 14 patches, 768
-features) and disturbed at random, and copied to 6 models x 10 tiers x 5 seeds and a frozen run for each model: 306 runs. Means over heads differ from run to run; of the large files there are only so many `variants`, to
-which the runs are linked, so that a disk of some gigabytes will do. What is read is as long as it would be, and no number in it means anything.
+The study is made up. Three real runs of one tiny backbone are trained on drawn churches; their scores, maps and features are enlarged to the size of a ViT-B
+(12 blocks, 12 heads and their mean, every metric, 14 x 14 patches, 768 features) and disturbed at random, and copied to 6 models x 10 tiers x 5 seeds and a
+frozen run for each model: 306 runs. Means over heads differ from run to run; of the large files there are only so many `variants`, to which the runs are
+linked, so that a disk of some gigabytes will do. What is read is as long as it would be, and no number in it means anything.
 
-Both ways run on the same folder in one go. `old` reads one metric as it was done before: `pd.read_parquet` with filters, run by run, from a long table with all metrics in one group of rows. `new` opens the study, computes the tables of
-the headline (what `wikichurches_study` prints), and then all tables of a report. Seconds and the peak memory of a fresh process are printed. A folder that was made is used again.
+Both ways run on the same folder in one go. `old` reads one metric as it was done before: `pd.read_parquet` with filters, run by run, from a long table with
+all metrics in one group of rows. `new` opens the study, computes the tables of the headline (what `wikichurches_study` prints), and then all tables of a
+report. Seconds and the peak memory of a fresh process are printed. A folder that was made is used again.
 """
 import argparse, json, os, resource, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,16 +43,17 @@ def larger_scores(path, rng):
 
 def write_variant(folder, run, rng):
     "The large files of a made-up run."
-    from ssl_wikichurches.study.runs import _write_by_metric
+    from ssl_wikichurches.study.runs import write_by_metric
     folder.mkdir(parents=True)
     scores = larger_scores(run/'metrics.parquet', rng)
-    _write_by_metric(folder/'metrics.parquet', scores)
+    write_by_metric(folder/'metrics.parquet', scores)
     scores.sort_values(['image','block','head'], kind='stable').to_parquet(folder/'old.parquet', index=False) # as it was: image by image, one group of rows
     from safetensors import safe_open
     with safe_open(run/'maps.safetensors', 'pt') as f: texts,n = f.metadata(),len(json.loads(f.metadata()['images']))
     header = json.loads(texts['header'])|dict(size=SIZE, patch=SIZE//GRID, n_prefix=1)
     noise = lambda *shape: torch.from_numpy(rng.random(shape, np.float32)).half()
-    maps = dict(maps=noise(n,BLOCKS,HEADS,GRID,GRID), prefix=noise(n,BLOCKS,HEADS,1), received=noise(n,0,HEADS,GRID,GRID), artifacts=torch.zeros(n,GRID,GRID, dtype=torch.bool))
+    maps = dict(maps=noise(n,BLOCKS,HEADS,GRID,GRID), prefix=noise(n,BLOCKS,HEADS,1), received=noise(n,0,HEADS,GRID,GRID),
+                artifacts=torch.zeros(n,GRID,GRID, dtype=torch.bool))
     save_file(maps, folder/'maps.safetensors', texts|dict(header=json.dumps(header)))
     with safe_open(run/'features.safetensors', 'pt') as f: features,texts = {k:f.get_tensor(k) for k in f.keys()},f.metadata()
     for k in ('features','task'): features[k] = torch.from_numpy(rng.normal(size=(len(features[k]),DIM)).astype(np.float32))
@@ -64,11 +67,11 @@ def disturbed_means(table, rng, by):
 def make(folder, args):
     "The made-up study."
     from ssl_wikichurches.study.plan import Study, study_runs
-    from ssl_wikichurches.study.runs import _mean_table
+    from ssl_wikichurches.study.runs import mean_table
     few,real = small_study(folder, args.images)
     variants,rng = [folder/'variants'/str(k) for k in range(args.variants)],np.random.default_rng(0)
     for v in variants: write_variant(v, real/'tiny-clip-full-seed0', rng)
-    start = _mean_table(pd.read_parquet(variants[0]/'metrics.parquet'))
+    start = mean_table(pd.read_parquet(variants[0]/'metrics.parquet'))
     study = Study('large', data=few.data, models=tuple(f'm{k}=tiny-clip' for k in range(args.models)), tiers=TIERS, seeds=tuple(range(args.seeds)), val=.3)
     root = folder/'large'
     root.mkdir()
@@ -105,15 +108,15 @@ def new(root):
     "Everything, in this process."
     from ssl_wikichurches.study.analysis import analyse
     from ssl_wikichurches.study.reader import open_study
-    from ssl_wikichurches.study.specificity import beyond_controls, control_contrasts, readable_result
+    from ssl_wikichurches.study.specificity import control_contrasts, readable_result, verdict_table
     from ssl_wikichurches.study.supervision import supervised_table
-    from ssl_wikichurches.study.tables import seeds_table, study_table
+    from ssl_wikichurches.study.tables import study_table, tier_contrasts
     import sklearn.neighbors # with the next line, all modules are loaded before the clock starts
     open_study(root)
     def headline():
         opened = open_study(root)
-        readable_result(study_table(opened), beyond_controls(opened))
-        return opened,control_contrasts(opened),seeds_table(opened),supervised_table(opened)
+        readable_result(study_table(opened), verdict_table(opened))
+        return opened,control_contrasts(opened),tier_contrasts(opened),supervised_table(opened)
     opened = timed('new: opened', lambda: open_study(root))
     timed('new: one metric of all runs', opened.scores)
     timed('new: opened, with all tables of the headline', headline)
@@ -130,7 +133,9 @@ def main():
     folder = Path(args.folder or home.name)
     folder.mkdir(parents=True, exist_ok=True)
     root = folder/'large'
-    if not root.is_dir(): print('a made-up study: enlarged and disturbed copies of three real runs of a tiny backbone on drawn churches'); timed('made', lambda: make(folder, args))
+    if not root.is_dir():
+        print('a made-up study: enlarged and disturbed copies of three real runs of a tiny backbone on drawn churches')
+        timed('made', lambda: make(folder, args))
     timed(f'old: one metric of all runs', lambda: old_scores(root, 'iou@90'))
     subprocess.run([sys.executable, __file__, '--folder', str(root), '--reads'], check=True)
 

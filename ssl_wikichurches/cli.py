@@ -121,7 +121,8 @@ def wikichurches_study(
 @call_parse
 def wikichurches_report(
     root:str, # folder of a study
-    metric:str=None, # one of those that were stored; the primary one where not given
+    metric:str=None, # one of those that were stored; the declared one where not given
+    faithful:store_true=False, # also rebuild the models, and ask whether they use what is boxed more than before
     out:str=None, # HTML file; report.html in the study's folder where not given
     results:str=None, # folder that also gets the small files of `save_results`
     debug:store_true=False, # raise errors as they are
@@ -129,11 +130,10 @@ def wikichurches_report(
     "Write the report of a study."
     with plain_errors('wikichurches_report', debug):
         root = study_folder(root)
-        from ssl_wikichurches.attention.metrics import PRIMARY
         from ssl_wikichurches.study.analysis import analyse
         from ssl_wikichurches.study.reader import open_study
         from ssl_wikichurches.study.report import save_results, write_report
-        analysis = analyse(open_study(root), metric or PRIMARY)
+        analysis = analyse(open_study(root), metric or '', faithful)
         print(f'report: {write_report(analysis, out)}')
         if results: print(f'result files: {save_results(analysis, results)}')
 

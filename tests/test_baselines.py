@@ -6,6 +6,8 @@ from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches.study import blind_baselines
 from ssl_wikichurches.attention.capture import fuse_heads, pooled_maps
@@ -181,15 +183,15 @@ def done(drawn, tmp_path_factory):
     recipes = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2))
     return here(Study('blind', data=str(drawn), models=('tiny-clip','tiny-clip-random'), tiers=('linear','lora'), seeds=(0,1), size=64, val=.3, recipes=recipes), tmp_path_factory.mktemp('runs'))
 
-def bca(d):
-    "Ends of the BCa interval by leaving out one church at a time, from scipy's resampled means. Of six churches 1.5 % of the resamples hold each once: they tie with the mean, and count one half."
-    means,n = stats.bootstrap((d.to_numpy(),), np.mean, method='BCa', rng=np.random.default_rng(0)).bootstrap_distribution,len(d)
-    tie = 1e-9*d.std(); off = means-d.mean()
-    z0 = stats.norm.ppf(((off<-tie).mean()+(off<=tie).mean())/2)
-    left = np.array([d.drop(k).mean() for k in d.index]); left = left.mean()-left
-    a = (left**3).sum()/(6*(left**2).sum()**1.5)
-    z = z0+stats.norm.ppf([.025,.975])
-    return np.quantile(means, stats.norm.cdf(z0+z/(1-a*z)))
+def t_ends(d): return [*stats.ttest_1samp(d, 0).confidence_interval(.95)]
+
+def recipe_test(grid):
+    "Interval and p of shifts (churches, seeds) from an analysis of variance by statsmodels."
+    long = grid.rename_axis(columns='k').stack().rename('y').rename_axis(['i','k']).reset_index()
+    m = anova_lm(ols('y ~ C(i)+C(k)', long).fit()); ms = (m.sum_sq/m.df).to_numpy()
+    total = max(ms@[1,1,-1], *ms[:2]); df = max(total**2/(ms**2/m.df.to_numpy()).sum(), min(grid.shape)-1)
+    se = (total/grid.size)**.5; mean = grid.to_numpy().mean()
+    return [mean-stats.t.ppf(.975, df)*se, mean+stats.t.ppf(.975, df)*se], 2*stats.t.sf(abs(mean)/se, df)
 
 @pytest.fixture(params=[False,True], ids=['one each','in pairs'])
 def pairs(request, monkeypatch):
@@ -269,7 +271,7 @@ def test_table_against_pandas_and_scipy(done, pairs, of):
     for (model,b),r in t.iterrows():
         d = wide.loc[model]; gain = d[of]-d[b]
         close([r.score,r.baseline_score,r.difference], [d[of].mean(),d[b].mean(),gain.mean()])
-        close([r.low,r.high], bca(gain))
+        close([r.low,r.high], t_ends(gain))
         close(r.p, stats.ttest_rel(d[of], d[b]).pvalue)
     family = t.index.get_level_values('baseline').isin(FAMILY)
     close(t.p_holm[family], multipletests(t.p[family], method='holm')[1]); assert t.p_holm[~family].isna().all() and family.sum()==14
@@ -290,12 +292,14 @@ def test_border_against_pandas_and_scipy(done, pairs):
         stored,_,masks = read(done, model); inner = lambda m: torch.nn.functional.pad(m[:,1:-1,1:-1], (1,)*4)
         frozen = stored.maps[:,-1].mean(1); tuned = [load_maps(done/f'{model}-lora-seed{k}').maps[:,-1].mean(1) for k in (0,1)]
         a = lambda m: one_by_one(m, masks, auroc)
-        d = pd.DataFrame(dict(church=[pairs(n) for n in stored.images], frozen=a(frozen), inside=a(inner(frozen)), tuned=(a(tuned[0])+a(tuned[1]))/2,
-                              tuned_inside=(a(inner(tuned[0]))+a(inner(tuned[1])))/2, ring=[1-m[1:-1,1:-1].sum().item()/m.sum().item() for m in frozen])).groupby('church').mean()
+        d = pd.DataFrame(dict(church=[pairs(n) for n in stored.images], frozen=a(frozen), inside=a(inner(frozen)), tuned0=a(tuned[0]), tuned1=a(tuned[1]), tuned_inside0=a(inner(tuned[0])),
+                              tuned_inside1=a(inner(tuned[1])), ring=[1-m[1:-1,1:-1].sum().item()/m.sum().item() for m in frozen])).groupby('church').mean()
+        d = d.assign(tuned=(d.tuned0+d.tuned1)/2, tuned_inside=(d.tuned_inside0+d.tuned_inside1)/2)
         r = t.loc[model]
         close([r['shift'],r.suppressed,r.beyond,r.inside,r.ring_before], [(d.tuned-d.frozen).mean(),(d.inside-d.frozen).mean(),(d.tuned-d.inside).mean(),(d.tuned_inside-d.inside).mean(),d.ring.mean()], 1e-6)
-        for name,gain in (('beyond',d.tuned-d.inside), ('inside',d.tuned_inside-d.inside)):
-            close([r[f'{name}_low'],r[f'{name}_high']], bca(gain), 1e-5); close(r[f'{name}_p'], stats.ttest_1samp(gain, 0).pvalue, 1e-4)
+        for name,kind in (('beyond','tuned'), ('inside','tuned_inside')):
+            ends,p = recipe_test(d[[f'{kind}0',f'{kind}1']].sub(d.inside, axis=0))
+            close([r[f'{name}_low'],r[f'{name}_high']], ends, 1e-5); close(r[f'{name}_p'], p, 1e-4)
     for name in ('beyond','inside'): close(t[f'{name}_holm'], multipletests(t[f'{name}_p'], method='holm')[1])
 
 def test_a_grid_has_baselines_of_its_own(drawn, tmp_path):

@@ -18,7 +18,8 @@ from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.study.report import save_results, write_report
 from ssl_wikichurches.study.analysis import analyse
 from ssl_wikichurches.study.reader import load_run, open_study, rescore
-from ssl_wikichurches.study.specificity import beyond_controls, control_contrasts, control_table, readable_result
+from ssl_wikichurches.study.specificity import control_contrasts, control_table, readable_result, verdict_sentence, verdict_table
+from ssl_wikichurches.stats.seeds import seed_variance
 from ssl_wikichurches.study.tables import study_table
 from ssl_wikichurches.data.splits import load_split, make_split
 from timm_models import timm_model
@@ -167,40 +168,71 @@ def test_controls_are_in_no_other_table(root):
     (root/'study.json').write_text(json.dumps(study|dict(tiers=['full','block_expansion'])))
     pd.testing.assert_frame_equal(study_table(open_study(root)), with_controls)
     assert control_table(open_study(root)).empty and control_contrasts(open_study(root)).empty and open_study(root).scores(kind='control').empty
-    assert {*beyond_controls(open_study(root)).task_driven}<={'no controls',''}
+    assert {*verdict_table(open_study(root)).verdict}<={'no control','layout only','equivalent to none','not shown'} and verdict_table(open_study(root)).beyond.eq('').all()
     assert not (save_results(analyse(open_study(root)), root/'small')/'controls.csv').exists()
 
 def test_a_study_of_probes_alone(drawn, tmp_path):
     study = Study('probes', data=str(drawn), models=('tiny-clip',), tiers=('linear',), size=64, val=.3, recipes=dict(linear=dict(epochs=1)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
-    assert beyond_controls(open_study(root)).empty and control_contrasts(open_study(root)).empty
-    assert [*readable_result(study_table(open_study(root)), beyond_controls(open_study(root))).task_driven]==['']
+    assert verdict_table(open_study(root)).empty and control_contrasts(open_study(root)).empty
+    assert [*readable_result(study_table(open_study(root)), verdict_table(open_study(root))).verdict]==['']
 
-def planted(root, tier, by):
-    "Raise the score of a tier's runs, by a little more for one church than for the next."
+def planted(root, tier, by, metrics=None):
+    "Raise the scores of a tier's runs, by a little more for one church than for the next."
     for folder in root.glob(f'tiny-clip-{tier}-seed*'):
         d = pd.read_parquet(folder/'metrics.parquet')
         order = {n:i for i,n in enumerate(sorted(d.image.unique()))}
-        d['value'] = d.value+by*(1+.1*d.image.map(order)/len(order))
+        moved = d.metric.isin(metrics or d.metric.unique())
+        d['value'] = d.value+moved*by*(1+.1*d.image.map(order)/len(order))
         d.to_parquet(folder/'metrics.parquet', index=False); (folder/'means.parquet').unlink(missing_ok=True) # which says the same
 
-def test_the_verdict_on_planted_shifts(root):
-    planted(root, 'full', .3)
-    row = lambda: beyond_controls(open_study(root)).set_index('tier').loc['full']
-    assert row().task_driven=='yes' and row().beyond=='random_labels, other_task, random_init' and row().missing=='' and row().p_controls<.001
-    assert 'yes' in [*readable_result(study_table(open_study(root)), beyond_controls(open_study(root))).task_driven]
-    planted(root, 'other_task', .3)
-    assert (row().task_driven, row().beyond, row().not_beyond)==('no','random_labels, random_init','other_task')
-    planted(root, 'full', -.6)
-    assert row().task_driven=='' and np.isnan(row().p_controls)
+def verdict_of(root, tier='full'): return verdict_table(open_study(root)).set_index('tier').loc[tier]
 
-def test_contrasts_against_pandas(done):
+def sentence_of(root, tier='full'): return next(verdict_sentence(r, .01) for r in verdict_table(open_study(root)).itertuples() if r.tier==tier)
+
+def test_the_verdict_on_planted_shifts(root):
+    planted(root, 'full', 3.)
+    row = verdict_of(root)
+    assert row.verdict=='towards' and row.beyond=='random_labels, other_task, random_init' and row.not_beyond=='' and row.missing=='' and row.p_joint<.001 and row.over=='churches and seeds'
+    assert 'towards' in [*readable_result(study_table(open_study(root)), verdict_table(open_study(root))).verdict]
+    sentence = sentence_of(root)
+    assert 'full of tiny-clip moved attention towards the boxed parts' in sentence and f'{row["shift"]:+.4f}' in sentence and 'random_init' in sentence
+    planted(root, 'other_task', 3.)
+    row = verdict_of(root)
+    assert (row.verdict, row.beyond, row.not_beyond)==('no more than any training','random_labels, random_init','other_task') and row.p_joint>.05
+    planted(root, 'full', -6.) # a loss is a finding, too
+    assert verdict_of(root).verdict=='away' and verdict_of(root).p_joint<.001
+
+def test_a_shift_of_one_metric_is_layout(root):
+    planted(root, 'full', .3, ['iou@90'])
+    row = verdict_of(root)
+    assert row.verdict=='layout only' and row.p_holm<.001 and row['shift']>.2 and abs(row.layout_shift)<.2
+
+def test_a_planted_shift_of_one_model_is_no_more_than_that(root):
+    planted(root, 'full', 3.)
+    study = json.loads((root/'study.json').read_text())
+    (root/'study.json').write_text(json.dumps(study|dict(seeds=[0])))
+    row = verdict_of(root)
+    assert row.verdict=='one model' and row.over=='one model' and row.p_joint<.01 and 'Of other seeds nothing is known' in sentence_of(root)
+
+def test_no_shift_is_called_none_only_within_the_margin(root):
+    for k,f in enumerate(sorted(root.glob('tiny-clip-full-seed*/metrics.parquet'))): # the frozen scores, and noise
+        d = pd.read_parquet(root/'tiny-clip-frozen'/'metrics.parquet')
+        d.assign(value=d.value+np.random.default_rng(k).normal(0, 1e-3, len(d))).to_parquet(f, index=False); (f.parent/'means.parquet').unlink(missing_ok=True)
+    study = json.loads((root/'study.json').read_text())
+    def word(margin):
+        (root/'study.json').write_text(json.dumps(study|dict(analysis=dict(margin=margin))))
+        return verdict_of(root).verdict
+    assert verdict_of(root).p_holm>.05 and word(.05)=='equivalent to none' and word(1e-6)=='not shown'
+
+def test_contrasts_against_an_analysis_of_variance(done):
     both = pd.concat([open_study(done).scores(), open_study(done).scores(kind='control')])
-    shift = both.assign(d=both.after-both.before).groupby(['tier','church','image']).d.mean().groupby(['tier','church']).mean().unstack(0)
+    shift = both.assign(d=both.after-both.before).groupby(['tier','seed','church']).d.mean().unstack('seed')
     found = control_contrasts(open_study(done))
     for r in found.itertuples():
-        d = shift[r.tier]-shift[r.minus]
-        assert r.difference==pytest.approx(d.mean(), abs=1e-12) and r.t==pytest.approx(d.mean()/d.sem(), rel=1e-9) and r.n==len(d)
+        d = shift.loc[r.tier]-shift.loc[r.minus]
+        v = seed_variance(d).set_index('source').loc['both']
+        assert r.difference==pytest.approx(d.to_numpy().mean(), abs=1e-12) and (r.low,r.high)==pytest.approx((v.low,v.high)) and r.n==len(d) and r.seeds==2 and r.over=='churches and seeds'
     assert [*found[found.tier=='block_expansion'].minus]==['random_labels-block_expansion','other_task','random_init']
 
 def test_rescored_with_their_start(root):
@@ -214,9 +246,9 @@ def test_rescored_with_their_start(root):
 
 def test_report_and_result_files(root):
     html = write_report(analyse(open_study(root))).read_text()
-    assert 'Is it the task?' in html and 'random_labels-block_expansion' in html and 'task_driven' in html
+    assert 'Is it the task?' in html and 'random_labels-block_expansion' in html and 'What may be said' in html
     saved = save_results(analyse(open_study(root)), root/'small')
-    assert len(pd.read_csv(saved/'controls.csv'))==4 and [*pd.read_csv(saved/'beyond.csv').tier]==['full','block_expansion']
+    assert len(pd.read_csv(saved/'controls.csv'))==4 and [*pd.read_csv(saved/'verdicts.csv').tier]==['full','block_expansion']
     table = control_table(open_study(root)).set_index('tier')
     assert table.loc['random_labels-block_expansion','of']=='block_expansion' and table.loc['other_task','classes'].count(' Land')==3
 

@@ -221,14 +221,16 @@ def test_grid_of_scores():
 def test_contrasts_are_paired_and_have_their_family():
     s = scores(); c = contrasts(s)
     assert len(c)==2 and (c.tier=='full').all() and (c.minus=='lora').all() and (c.n==20).all()
-    f,l = (shift_grid(s[(s.model=='b')&(s.tier==t)]).mean(axis=1) for t in ('full','lora'))
-    assert c.p[1]==pytest.approx(stats.ttest_rel(f, l).pvalue) and c.difference[1]==pytest.approx((f-l).mean())
+    f,l = (shift_grid(s[(s.model=='b')&(s.tier==t)]) for t in ('full','lora')); both = seed_variance(f-l).iloc[2]
+    assert (c.low[1],c.high[1])==pytest.approx((both.low,both.high)) and c.p[1]==pytest.approx(2*stats.t.sf(abs(both.estimate/both.se), both.df)) and c.difference[1]==pytest.approx((f-l).mean(axis=None))
     assert np.allclose(c.p_holm, multipletests(c.p, method='holm')[1]) and (c.p_holm<.05).all() # a planted difference of 0.03
-    flipped = contrasts(pd.concat([s[s.tier=='full'], s[s.tier!='full']]))
+    flipped = contrasts(s.assign(tier=s.tier.map(dict(full='lora', lora='full', linear='linear'))))
     assert np.allclose(flipped.difference, -c.difference) and np.allclose(flipped.p, c.p)
+    one = contrasts(s[(s.tier!='full')|(s.seed==1)]); a,b = (shift_grid(s[(s.model=='a')&(s.tier==t)&(s.seed==1)])[1] for t in ('full','lora')) # paired by the seed that both have
+    assert one.seeds.eq(1).all() and one.over.eq('one model').all() and one.p[0]==pytest.approx(stats.ttest_rel(a, b).pvalue)
     same = s[s.tier!='full']; same = pd.concat([same, same[same.tier=='lora'].assign(tier='copy')])
     assert contrasts(same).note.eq(SAME).all() and contrasts(same).p_holm.isna().all()
-    with pytest.raises(ValueError, match='needs two'): contrasts(s[s.tier!='full'])
+    assert contrasts(s[s.tier!='full']).empty
 
 # ---- families
 

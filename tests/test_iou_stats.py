@@ -2,10 +2,13 @@
 import math
 import numpy as np, pandas as pd, pytest
 from scipy import stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 from ssl_wikichurches.attention.scores import read_boxes, read_maps, score_maps
 from ssl_wikichurches.stats import shift as iou_stats
-from ssl_wikichurches.stats.shift import bca_interval, by_church, hedges_factor, paired_shift, pair_scores, readable_table, resampled_means, shift_table
+from ssl_wikichurches.stats.shift import bca_interval, by_church, equivalence_p, hedges_factor, mean_squares, paired_shift, pair_scores, readable_table, resampled_means, shift_table, shift_test
 
 def scores(models=('a','b'), tiers=('linear','lora','full'), seeds=(0,1), n=30, photos=1, rng=None):
     rng = rng or np.random.default_rng(0); rows = []
@@ -18,11 +21,11 @@ def scores(models=('a','b'), tiers=('linear','lora','full'), seeds=(0,1), n=30, 
     return pd.concat(rows, ignore_index=True)
 
 def test_one_comparison_against_scipy():
-    g = np.random.default_rng(3); b = g.uniform(0,.4,25); a = b+g.normal(.02,.05,25); d = a-b; r = paired_shift(b, a, seed=7)
+    g = np.random.default_rng(3); b = g.uniform(0,.4,25); a = b+g.normal(.02,.05,25); d = a-b; r = paired_shift(b, a)
     t = d.mean()/(d.std(ddof=1)/5)
     assert r['t']==pytest.approx(t) and r['p']==pytest.approx(2*stats.t.sf(abs(t), 24)) and r['shift']==pytest.approx(d.mean())
-    ci = stats.bootstrap((d,), np.mean, method='BCa', n_resamples=9999, rng=np.random.default_rng(7)).confidence_interval
-    assert (r['low'],r['high'])==pytest.approx((ci.low,ci.high))
+    ci = stats.ttest_1samp(d, 0).confidence_interval(.95)
+    assert (r['low'],r['high'])==pytest.approx((ci.low,ci.high)) and r['over']=='one model' and r['df']==24
     J = math.gamma(12)/(math.sqrt(12)*math.gamma(11.5))
     assert r['d_z']==pytest.approx(J*d.mean()/d.std(ddof=1)) and r['d_av']==pytest.approx(J*d.mean()/math.sqrt((a.var(ddof=1)+b.var(ddof=1))/2))
 
@@ -125,8 +128,60 @@ def test_resampled_means_whatever_was_asked_before():
 def test_table_and_one_comparison_give_the_same_row():
     s = scores(); t = shift_table(s, seed=3).set_index(['model','tier'])
     for key,g in s[s.tier!='linear'].groupby(['model','tier']):
-        c = by_church(g); r = paired_shift(c.before, c.after, 3)
-        assert all(t.loc[key][k]==pytest.approx(r[k], rel=1e-12) for k in ('n','before','after','shift','low','high','d_z','d_av','t','p'))
+        grid = g.pivot(index='church', columns='seed', values=['before','after']); r = paired_shift(grid['before'], grid['after'])
+        assert all(t.loc[key][k]==pytest.approx(r[k], rel=1e-12) for k in ('n','before','after','shift','low','high','d_z','d_av','t','df','p'))
+        c = by_church(g); alone = stats.ttest_rel(c.after, c.before); bca = scipy_bca((c.after-c.before).to_numpy(), 3).confidence_interval
+        assert t.loc[key].models_p==pytest.approx(alone.pvalue) and (t.loc[key].models_low,t.loc[key].models_high)==pytest.approx(tuple(alone.confidence_interval(.95)))
+        assert (t.loc[key].bca_low,t.loc[key].bca_high)==pytest.approx(tuple(bca), rel=1e-9)
+
+def test_mean_squares_are_those_of_an_analysis_of_variance():
+    x = np.random.default_rng(2).normal(.01, .04, (30,4)); squares,dfs = mean_squares(x)
+    long = pd.DataFrame([dict(i=i, k=k, y=x[i,k]) for i in range(30) for k in range(4)])
+    m = anova_lm(ols('y ~ C(i)+C(k)', long).fit())
+    assert np.allclose(squares, (m.sum_sq/m.df)[['C(i)','C(k)','Residual']]) and np.allclose(dfs, m.df[['C(i)','C(k)','Residual']])
+    many = np.stack([x, x[::-1]*2]); assert np.allclose(mean_squares(many)[0], [squares, 4*squares])
+
+@pytest.mark.parametrize('k', [1,2,3,5])
+def test_interval_and_p_of_a_row_say_the_same(k):
+    "The interval excludes zero exactly where p is below .05; at the level 1-p it ends at zero."
+    g = np.random.default_rng(k); found = shift_test(g.normal(.004, .02, (200,20,1))+g.normal(0, .006, (200,1,k))+g.normal(0, .01, (200,20,k)))
+    assert ((found['low']*found['high']>0)==(found['p']<.05)).all() and 5<(found['p']<.05).sum()<195
+    for i in range(5):
+        one = np.random.default_rng(i).normal(.01, .02, (20,k)); r = shift_test(one); edge = shift_test(one, 1-r['p'])
+        assert min(abs(edge['low']), abs(edge['high']))<1e-9
+
+def test_two_seeds_never_explode():
+    "Churches and seeds have a fifth of the variance: the bare degrees of freedom fall below .01, and an interval by them is 1e150 wide."
+    x = .01+.04*(np.random.default_rng(34).normal(0, .2**.5, (500,139,1))+np.random.default_rng(1034).normal(0, .8**.5, (500,139,2)))
+    squares,dfs = mean_squares(x); total = squares@[1,1,-1]; bare = total**2/(squares**2/dfs).sum(-1)
+    worst = bare.argmin()
+    assert 2*stats.t.ppf(.975, bare[worst])*np.sqrt(total[worst]/278)>1e9
+    found = shift_test(x)
+    assert found['df'].min()>=1 and (found['high']-found['low']).max()<.3 and found['high'][worst]-found['low'][worst]<.02
+    assert (found['se']>=np.sqrt(squares[:,:2].max(-1)/278)-1e-12).all()
+
+def test_a_recipe_keeps_its_level_and_one_model_does_not():
+    g = np.random.default_rng(0); shape = (2000,40)
+    def false_alarms(k, seed_sd): # per study; seed_sd in standard errors over churches
+        d = g.normal(0, .04, (*shape,1))+g.normal(0, seed_sd*.04/40**.5, (2000,1,k))+g.normal(0, .01, (*shape,k))
+        return (shift_test(d)['p']<.05).mean(),(shift_test(d.mean(-1, keepdims=True))['p']<.05).mean()
+    noise = 3*np.sqrt(.05*.95/2000)
+    for k in (2,3,5):
+        for seed_sd in (0,1,3): assert false_alarms(k, seed_sd)[0]<.05+noise+.01
+        assert false_alarms(k, 3)[1]>.15
+
+def test_holm_over_the_declared_family_only():
+    s = scores(); t = shift_table(s, family=[('a','lora'),('b','lora')]); inside = t[t.tier=='lora']
+    assert np.allclose(inside.p_holm, multipletests(inside.p, method='holm')[1]) and t[t.tier=='full'].p_holm.isna().all() and t[t.tier=='full'].p.notna().all()
+
+def test_one_seed_is_one_model():
+    t = shift_table(scores(seeds=(3,))); t = t[t.tier!='linear']
+    assert (t.over=='one model').all() and np.allclose(t.low, t.models_low) and np.allclose(t.p, t.models_p) and (shift_table(scores()).over.iloc[1:3]=='churches and seeds').all()
+
+def test_equivalence_over_churches_and_seeds():
+    x = np.random.default_rng(1).normal(.001, .02, (60,1))+np.random.default_rng(2).normal(0, .004, (60,3)); found = shift_test(x, .9)
+    for margin in (.002,.004,.008,.02): assert (equivalence_p(found, margin)<.05)==(-margin<found['low'] and found['high']<margin)
+    one = shift_test(x[:,:1]); assert equivalence_p(one, .01)==pytest.approx(DescrStatsW(x[:,0]).ttost_mean(-.01, .01)[0])
 
 def test_two_churches_make_no_table_but_of_the_control():
     with pytest.raises(ValueError, match='at least 3'): shift_table(scores(n=2))
@@ -145,7 +200,7 @@ def test_scores_from_elsewhere_match_by_name(tmp_path, files):
     t = shift_table(pair_scores(*((tmp_path/'b.csv',str(tmp_path/'a.csv')) if files else (b,shuffled)))).set_index('tier')
     for tier,g in runs.groupby('tier'):
         after = g.groupby('image').value.mean(); r = stats.ttest_rel(after, b.set_index('image').value.loc[after.index])
-        assert t.loc[tier,'t']==pytest.approx(r.statistic) and t.loc[tier,'p']==pytest.approx(r.pvalue) and t.loc[tier,'n']==20 and t.loc[tier,'seeds']==2
+        assert t.loc[tier,'models_p']==pytest.approx(r.pvalue) and t.loc[tier,'over']=='churches and seeds' and t.loc[tier,'n']==20 and t.loc[tier,'seeds']==2
 
 def test_scores_of_two_models_meet_their_own_baseline():
     b = pd.concat([foreign(k=i).assign(model=m) for i,m in enumerate('xy')]); a = pd.concat([foreign(k=5+i).assign(model=m, tier='lora') for i,m in enumerate('xy')])

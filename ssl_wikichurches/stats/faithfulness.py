@@ -192,16 +192,15 @@ def curve_plot(
     return axs
 
 # %% ../../nbs/05a_faithfulness.ipynb #8e7bd8fb
-def _shift(before, after, seed):
+def _shift(before, after):
     "`paired_shift`, or a note where there are too few churches."
-    if len(before)>=3: return paired_shift(before, after, seed)
+    if len(before)>=3: return paired_shift(before, after)
     return dict(n=len(before), before=before.mean(), after=after.mean(), shift=(after-before).mean(), note='too few churches')
 
 # %% ../../nbs/05a_faithfulness.ipynb #31dfc146
 def area_shifts(
     areas:pd.DataFrame, # of `curve_areas` of one model, with a column `order`
     reference:str='random', # the order that the others are compared with
-    seed:int=0, # of the bootstrap
 )->pd.DataFrame: # per curve and order: n (churches), area, reference, difference, low, high, d_z, p
     "Areas under the curves against those of a reference order, paired by church."
     wide = areas.pivot(index=['curve','church','image'], columns='order', values='area')
@@ -209,7 +208,7 @@ def area_shifts(
     rows = []
     for (curve,w),order in product(wide.groupby('curve'), [o for o in areas.order.unique() if o!=reference]):
         g = by_church(w.reset_index().rename(columns={reference:'before', order:'after'}))
-        rows.append(dict(curve=curve, order=order)|_shift(g.before, g.after, seed))
+        rows.append(dict(curve=curve, order=order)|_shift(g.before, g.after))
     table = pd.DataFrame(rows).rename(columns=dict(before='reference', after='area', shift='difference')).set_index(['curve','order'])
     return table.reindex(columns=['n','area','reference','difference','low','high','d_z','p'])
 
@@ -353,24 +352,23 @@ def box_test(
     return pd.DataFrame(rows)[[*about[0]][:-1]+['output','n','drop','matched','difference','beaten','p','note']]
 
 # %% ../../nbs/05a_faithfulness.ipynb #99a46ac5
-def _summary_row(group, seed):
+def _summary_row(group):
     "Mean drop for experts' boxes and for matched boxes over the churches of some images."
     kept = group[group.n>0].rename(columns=dict(matched='before', drop='after', n='sets'))
     g = by_church(kept)
-    return dict(images=len(group), no_room=len(group)-len(kept), beaten=kept.groupby('church').beaten.mean().mean(), **_shift(g.before, g.after, seed))
+    return dict(images=len(group), no_room=len(group)-len(kept), beaten=kept.groupby('church').beaten.mean().mean(), **_shift(g.before, g.after))
 
 # %% ../../nbs/05a_faithfulness.ipynb #ae206f58
 def box_summary(
     results:pd.DataFrame, # of `box_test`, of one model
     classes:tuple, # names of the classes, in class order (`class_names` of the churches)
-    seed:int=0, # of the bootstrap
 )->pd.DataFrame: # per output and style, 'all' first: images, no_room, n (churches), drop, matched, difference, low, high, d_z, p, p_holm, beaten, note
-    "Experts' boxes against matched boxes, paired by church: `paired_shift` with BCa intervals."
+    "Experts' boxes against matched boxes, paired by church: `paired_shift`."
     if results.duplicated(['image','output']).any(): raise ValueError("an image stands twice: a summary is of one model, so choose its rows first")
     rows = []
     for output,m in results.groupby('output', sort=False):
         styles = {'all':m}|{classes[k]:g for k,g in m.groupby('label')}
-        rows += [dict(output=output, style=s)|_summary_row(g, seed) for s,g in styles.items()]
+        rows += [dict(output=output, style=s)|_summary_row(g) for s,g in styles.items()]
     table = pd.DataFrame(rows).rename(columns=dict(before='matched', after='drop', shift='difference')).set_index(['output','style'])
     tested = table.p.where(table.index.get_level_values('style')!='all')
     return table.assign(p_holm=tested.groupby(level='output').transform(holm))[
@@ -381,7 +379,6 @@ def before_and_after(
     before, # the frozen backbone with its linear probe, or any callable; in evaluation mode
     after, # the fine-tuned model
     *args, # of `box_test`, from `images` on: the same for both models, matched boxes included
-    seed:int=0, # of the bootstrap
     **how, # of `box_test`: fill, color, batch, device
 )->tuple: # results of both (column `when`); per image, output and score: before, after, change; the mean change by church with its interval
     "The box test of two models on the same photographs with the same matched boxes, and the paired change."
@@ -393,6 +390,6 @@ def before_and_after(
     rows = []
     for (output,score),c in changes.groupby(['output','score'], sort=False):
         g = by_church(c)
-        rows.append(dict(output=output, score=score)|_shift(g.before, g.after, seed))
+        rows.append(dict(output=output, score=score)|_shift(g.before, g.after))
     table = pd.DataFrame(rows).rename(columns=dict(shift='change')).set_index(['output','score'])
     return pd.concat(results, names=['when']).reset_index('when').reset_index(drop=True),changes,table

@@ -43,7 +43,7 @@ def max_t(
     seed:int=0,
     method:str='flip', # 'flip': signs of churches; 'bootstrap': resampled churches, centered and studentized
 )->pd.DataFrame: # a row per comparison: its name, n, unit, estimate, t, p (alone), p_max_t, p_step_down, patterns, note
-    "Largest |t| of the family, single step and step-down: sign flips (Westfall and Young, 1993, algorithm 2.8) or bootstrap (Romano and Wolf, 2005)."
+    "Largest |t| of the family, single step and step-down: sign flips (Westfall and Young, 1993, algorithm 4.1) or bootstrap (Romano and Wolf, 2005)."
     if method not in ('flip','bootstrap'): raise ValueError(f"method is {method!r}: expected one of 'flip' and 'bootstrap'")
     x = _family(d); x = x[np.lexsort(np.abs(x).T)]; n,flip = len(x),method=='flip'
     ss = (x*x).sum(0); moved = np.flatnonzero(ss>0 if flip else np.ptp(x, axis=0)>1e-12)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'draw_shifts', 'sign_patterns', 'sign_flip_p', 'wilcoxon_pratt', 'paired_tests', 'resampled_t',
-           'bootstrap_t_interval', 'noncentral_t_cdf', 'effect_interval', 'equivalence']
+           'bootstrap_t_interval', 'noncentral_t_cdf', 'effect_interval', 'effect_sizes', 'equivalence']
 
 # %% ../../nbs/05b_tests.ipynb #2933eae4
 import numpy as np, pandas as pd, scipy
@@ -107,7 +107,7 @@ def bootstrap_t_interval(
     seed:int=0,
     symmetric:bool=True, # one quantile of |t*| for both ends; False: one of t* for each
 )->pd.DataFrame: # one row: n, unit, estimate, se, low, high, level, resamples, note
-    "Studentized bootstrap interval of the mean (Hall, 1988); infinite where too few churches moved to say."
+    "Studentized bootstrap interval of the mean, symmetric (Hall, 1988, JRSS B 50) or with equal tails (Hall, 1988, Annals 16); infinite where too few churches moved to say."
     if not 0<level<1: raise ValueError(f"level is {level}: expected a share between 0 and 1, such as 0.95")
     if draws<99: raise ValueError(f"draws is {draws}: an interval needs at least 99")
     d = _vector(d); mean,se = d.mean(), d.std(ddof=1)/len(d)**.5
@@ -150,6 +150,20 @@ def effect_interval(
     t = d.mean()/d.std(ddof=1)*n**.5
     low,high = (_noncentrality(t, n-1, q)/n**.5 for q in ((1+level)/2,(1-level)/2))
     return pd.DataFrame([row|dict(estimate=hedges_factor(n-1)*t/n**.5, low=low, high=high, note='')])
+
+# %% ../../nbs/05b_tests.ipynb #18dcc72c
+def effect_sizes(
+    before:np.ndarray, # (n,) scores, one per church
+    after:np.ndarray, # (n,) scores of the same churches
+    level:float=.95, # in (0, 1)
+)->dict: # d_z, d_av (Hedges-corrected), each with _low and _high; nan where the shifts or the scores do not vary
+    "Effect sizes with intervals: of d_z by the noncentral t, of d_av by the same, rescaled (Algina and Keselman, 2003)."
+    before,after = _vector(before),_vector(after)
+    found = effect_interval(after-before, level).iloc[0]
+    av = np.sqrt((before.var(ddof=1)+after.var(ddof=1))/2)
+    ratio = (after-before).std(ddof=1)/av if av>1e-12 else np.nan
+    fields = dict(d_z=found.estimate, d_z_low=found.low, d_z_high=found.high)
+    return fields|{k.replace('d_z', 'd_av'):v*ratio for k,v in fields.items()}
 
 # %% ../../nbs/05b_tests.ipynb #5e849785
 def _tost(d, margin, unit, alpha):

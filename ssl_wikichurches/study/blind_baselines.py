@@ -73,7 +73,8 @@ def _fixed_scores(opened, seen, grid, metric):
     return opened.keep(('baselines',seen.names,seen.size,grid,metric), make)
 
 def _random_scores(opened, seen, grid, metric, seed):
-    return opened.keep(('random',seen.names,seen.size,grid,metric,seed), lambda: score_like(seen, dict(random=random_maps(len(seen.names), grid, seed)), metric))
+    make = lambda: score_like(seen, dict(random=random_maps(len(seen.names), grid, seed)), metric)
+    return opened.keep(('random',seen.names,seen.size,grid,metric,seed), make)
 
 def _untrained(seen, backbone, seed, block, device, batch=32):
     "(n, g, g) map of the same architecture with random weights, rounded as stored maps are."
@@ -85,7 +86,9 @@ def _model_scores(opened, model, metric, block, seeds, device, untrained):
     "Scores of one model's map and of all that stands in its place, means over seeds."
     seen,own = opened.photographs(model),opened.mean_maps(opened.frozen[model], block)
     parts = [score_like(seen, {'model':own, 'inner model':suppress_border(own)}, metric), _fixed_scores(opened, seen, own.shape[-1], metric)]
-    for s in seeds: parts += [_random_scores(opened, seen, own.shape[-1], metric, s), score_like(seen, {'other image':other_maps(own, [*seen.groups], s)}, metric)]
+    for s in seeds:
+        other = {'other image':other_maps(own, [*seen.groups], s)}
+        parts += [_random_scores(opened, seen, own.shape[-1], metric, s), score_like(seen, other, metric)]
     if untrained:
         backbone = lambda: load_backbone(opened.recipe(opened.frozen[model]).source, size=opened.study.size or None)
         parts += [score_like(seen, dict(untrained=_untrained(seen, backbone(), s, block, device)), metric) for s in seeds]
@@ -113,15 +116,14 @@ IDENTICAL_MAPS = 'the baseline scores the same on every church'
 def compare_baselines(
     scores:pd.DataFrame, # of `baseline_scores`
     family:tuple=FAMILY, # baselines that are hypotheses
-    seed:int=0, # of the bootstrap
     of:str='model', # what is laid beside all others: 'model' or 'inner model'
-)->pd.DataFrame: # model, baseline, n (churches), score, baseline_score, difference, low, high (BCa, 95 %), d_z, p, p_holm (in the family), note
+)->pd.DataFrame: # model, baseline, n (churches), score, baseline_score, difference, low, high (t, 95 %), d_z, p, p_holm (in the family), note
     "Model minus baseline, paired by church. For a metric of which less is better, a negative difference is the model's gain."
     churches = scores.groupby(['model','map','church'], sort=False).value.mean().unstack('map', sort=False)
     if unknown := [b for b in (of, *family) if b not in churches]: raise ValueError(f"there are no scores of {unknown[0]!r}: known are {', '.join(churches)}")
     rows = []
     for model,d in churches.groupby(level='model', sort=False):
-        for b in [b for b in d if b!=of]: rows.append(dict(model=model, baseline=b, **paired_shift(d[b], d[of], seed)))
+        for b in [b for b in d if b!=of]: rows.append(dict(model=model, baseline=b, **paired_shift(d[b], d[of])))
     t = pd.DataFrame(rows).rename(columns=dict(after='score', before='baseline_score', shift='difference'))
     t['note'] = t.note.mask((t.note==CONSTANT)&(t.difference.abs()<=1e-12), IDENTICAL_MAPS)
     t['p_holm'] = holm(t.p.where(t.baseline.isin(family)))
@@ -185,7 +187,8 @@ def _border_of_model(opened, model, metric, block, ring):
     for r in [r for _,g in tuned.groupby('tier', sort=False) for r in g.itertuples()]:
         maps = opened.mean_maps(r.name, block)
         scores = frozen.join(_by_image(opened, seen, r.name, block, ring, metric, 'tuned')).reset_index()
-        yield scores.assign(model=model, tier=r.tier, seed=r.seed, church=[*seen.groups], ring_before=_ring_share(own, ring), ring_after=_ring_share(maps, ring))
+        rings = dict(ring_before=_ring_share(own, ring), ring_after=_ring_share(maps, ring))
+        yield scores.assign(model=model, tier=r.tier, seed=r.seed, church=[*seen.groups], **rings)
 
 # %% ../../nbs/06h_blind_baselines.ipynb #791b10c7
 def border_scores(
@@ -193,7 +196,7 @@ def border_scores(
     metric:str=PRIMARY, # any metric
     block:int=-1, # block of the backbone; -1: the last
     ring:int=1, # patches from the border that are taken away
-)->pd.DataFrame: # model, tier, seed, image, church; frozen, tuned, frozen_inside, tuned_inside (scores); ring_before, ring_after (shares of the patches' attention)
+)->pd.DataFrame: # model, tier, seed, image, church; frozen, tuned, frozen_inside, tuned_inside (scores); ring_before, ring_after (shares of attention)
     "Scores per image with and without the border, of every fine-tuned run but linear probes."
     parts = [d for m in opened.frozen for d in _border_of_model(opened, m, metric, block, ring)]
     if not parts: raise FileNotFoundError(f"{opened.path} holds no fine-tuned run, other than linear probes, beside a frozen one")
@@ -203,17 +206,16 @@ def border_scores(
 # %% ../../nbs/06h_blind_baselines.ipynb #24a6a4ef
 def border_table(
     scores:pd.DataFrame, # of `border_scores`
-    seed:int=0, # of the bootstrap
-)->pd.DataFrame: # model, tier, n (churches), seeds, shift, suppressed; beyond and inside, each with _low, _high (BCa, 95 %), _p and _holm; ring_before, ring_after
-    "The shift of every tier, what suppressing the border of the frozen map gives, what the shift is beyond that, and what it is inside; paired by church, Holm over all rows of a column."
+)->pd.DataFrame: # model, tier, n (churches), seeds, over, shift, suppressed; beyond, inside, each with _low, _high (95 %), _p and _holm; ring_before, ring_after
+    "Shift of every tier, what suppressing the frozen map's border gives, the shift beyond that and the shift inside; paired by church, Holm over each column."
     rows = []
     for (model,tier),d in scores.groupby(['model','tier'], sort=False):
-        g = d.drop(columns=['model','tier','seed']).groupby(['church','image']).mean().groupby('church').mean()
-        mean,row = g.mean(),dict(model=model, tier=tier, n=len(g), seeds=d.seed.nunique())
+        g = d.drop(columns=['model','tier']).groupby(['seed','church','image']).mean().groupby(['seed','church']).mean()
+        grid,mean = lambda c: g[c].unstack('seed'),g.mean()
+        found = {k:paired_shift(grid('frozen_inside'), grid(c)) for k,c in dict(beyond='tuned', inside='tuned_inside').items()}
+        row = dict(model=model, tier=tier, n=found['inside']['n'], seeds=found['inside']['seeds'], over=found['inside']['over'])
         row |= dict(shift=mean.tuned-mean.frozen, suppressed=mean.frozen_inside-mean.frozen)
-        for name,after in (('beyond',g.tuned), ('inside',g.tuned_inside)):
-            found = paired_shift(g.frozen_inside, after, seed)
-            row |= {name:found['shift']} | {f'{name}_{k}':found[k] for k in ('low','high','p')}
+        for name,f in found.items(): row |= {name:f['shift']} | {f'{name}_{k}':f[k] for k in ('low','high','p')}
         rows.append(row|dict(ring_before=mean.ring_before, ring_after=mean.ring_after))
     t = pd.DataFrame(rows)
     for name in ('beyond','inside'): t.insert(t.columns.get_loc(f'{name}_p')+1, f'{name}_holm', holm(t[f'{name}_p']))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEW', 'styled_scores', 'style_table', 'style_tests', 'part_kinds', 'part_scores', 'part_table', 'tuned_pairs',
-           'block_table', 'best_block_table', 'head_grid', 'head_table', 'best_heads', 'example_images',
-           'extreme_images', 'Example', 'examples', 'draw_examples', 'gallery']
+           'block_table', 'best_block_table', 'head_grid', 'head_table', 'best_heads', 'sensitivity_table',
+           'example_images', 'extreme_images', 'Example', 'examples', 'draw_examples', 'gallery']
 
 # %% ../../nbs/06i_detail.ipynb #9f52ec2a
 from typing import NamedTuple
@@ -15,12 +15,15 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from ..data.churches import STYLES, ChurchDataset, Churches, box_mask, eval_transform
 from ..stats.families import benjamini_hochberg, max_t, split_half_heads
-from ..stats.seeds import moderation
-from ..stats.shift import by_church, in_order, paired_shift
+from ..stats.seeds import crossed_bootstrap, moderation
+from ..stats.shift import by_church, in_order, paired_shift, score_grids, uncorrected_shifts
+from ..stats.tests import bootstrap_t_interval, sign_flip_p
+from ..attention.capture import mask_patches
+from ..attention.scores import COMPANIONS, higher_is_better
 from ..attention.metrics import PRIMARY, coverage, n_kept, shares, upsample
 from ..attention.plots import before_after_strip
-from .blind_baselines import top_pixels
-from .reader import OpenStudy
+from .blind_baselines import border_scores, score_like, top_pixels
+from .reader import OpenStudy, beside_frozen
 from ..finetune.tiers import FROZEN, LINEAR
 
 # %% ../../nbs/06i_detail.ipynb #ec7c6b48
@@ -38,21 +41,23 @@ def styled_scores(
 FEW = 'fewer than 3 churches: no interval, no test' # note
 
 def _shift_of(scores):
-    "Mean shift of some scores, church by church, with its interval where there are enough churches."
-    g,facts = by_church(scores), dict(images=scores.image.nunique(), seeds=scores.seed.nunique())
-    if len(g)<3: return dict(n=len(g), before=g.before.mean(), after=g.after.mean(), shift=(g.after-g.before).mean(), note=FEW)|facts
-    return paired_shift(g.before, g.after)|facts
+    "Mean shift of some scores of one model and tier, over churches and seeds, with its interval where there are enough churches."
+    means = by_church(scores, ['seed'])
+    before,after = (means[c].unstack('seed') for c in ('before','after'))
+    facts = dict(images=scores.image.nunique())
+    if len(before)>=3: return paired_shift(before, after)|facts
+    return dict(n=len(before), seeds=before.shape[1], before=before.mean(axis=None), after=after.mean(axis=None), shift=(after-before).mean(axis=None), note=FEW)|facts
 
 def style_table(
     scores:pd.DataFrame, # of `styled_scores`
     styles:tuple=tuple(STYLES.values()), # in this order; others follow in that of the alphabet, and 'other' comes last
-)->pd.DataFrame: # model, tier, style, n (churches), images, seeds, unit, area (median), before, after, shift, low, high (BCa, 95 %), d_z, note; may be empty
+)->pd.DataFrame: # model, tier, style, n (churches), images, seeds, over, unit, area (median), before, after, shift, low, high (95 %), d_z, note; may be empty
     "The shift within every style. No p: that one style's interval excludes zero and another's does not is no difference between them."
     rows,order = [],[*dict.fromkeys([*styles, *sorted({*scores['style']}-{'other'}), 'other'])]
     for (model,tier),group in in_order(scores.groupby(['model','tier'], sort=False)):
         rows += [dict(model=model, tier=tier, style=s, unit=g.unit.iloc[0], area=g.drop_duplicates('image').area.median(), **_shift_of(g))
                  for s in order if len(g := group[group['style']==s])]
-    return pd.DataFrame(rows, columns=['model','tier','style','n','images','seeds','unit','area','before','after','shift','low','high','d_z','note'])
+    return pd.DataFrame(rows, columns=['model','tier','style','n','images','seeds','over','unit','area','before','after','shift','low','high','d_z','note'])
 
 # %% ../../nbs/06i_detail.ipynb #d92b6019
 def _least_squares(rows):
@@ -146,7 +151,8 @@ def _part_scores(opened, of, level, q):
         if tuned.empty: continue
         seen = opened.photographs(model)
         found,about = opened.keep(('parts in view',seen.names,seen.size,level), lambda: _parts_in_view(opened, seen, level))
-        maps,values = [opened.mean_maps(n) for n in (frozen,*tuned.name)],np.empty((1+len(tuned),len(about))) # what stays is made before the large arrays that go
+        maps = [opened.mean_maps(n) for n in (frozen,*tuned.name)]
+        values = np.empty((1+len(tuned),len(about))) # what stays is made before the large arrays that go
         for m,v in zip(maps, values): v[:] = _part_values(m, seen, found, of, q)
         about = about.assign(before=values[0], church=opened.groups(about.image), chance=n_kept(seen.size**2, q)/seen.size**2 if of=='recall' else 1.)
         for r,after in zip(tuned.itertuples(), values[1:]): yield about.assign(after=after, model=r.model, tier=r.tier, seed=r.seed)
@@ -159,24 +165,29 @@ def part_scores(
     q:float=90, # percentile of the recall
 )->pd.DataFrame: # model, tier, seed, image, church, part, boxes, area (share of the frame), unit, chance, before, after; may be empty
     "What every kind of building part gets of the map, before and after; for every complete run but linear ones."
-    if of not in ('recall','lift') or level not in ('kind','part'): raise ValueError(f"of is {of!r}, level is {level!r}: expected 'recall' or 'lift', and 'kind' or 'part'")
+    if of not in ('recall','lift') or level not in ('kind','part'):
+        raise ValueError(f"of is {of!r}, level is {level!r}: expected 'recall' or 'lift', and 'kind' or 'part'")
     columns,parts = ['model','tier','seed','image','church','part','boxes','area','unit','chance','before','after'],[*_part_scores(opened, of, level, q)]
     if not parts: return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True).assign(unit=f'recall@{q:g}' if of=='recall' else 'lift')[columns]
 
 # %% ../../nbs/06i_detail.ipynb #55b41c18
+def _about_part(g):
+    "What is the same before and after."
+    once = g.drop_duplicates('image')
+    return dict(boxes=once.boxes.sum(), unit=g.unit.iloc[0], area=once.area.median(), chance=g.chance.iloc[0])
+
 def part_table(
     scores:pd.DataFrame, # of `part_scores`
     least:int=5, # churches that a kind of part must be boxed in, at least 3
-)->pd.DataFrame: # model, tier, part, n (churches), images, boxes, seeds, unit, area (median), chance, before, after, shift, low, high, d_z, p, p_bh, discovery, note; may be empty
-    "The shift of every kind of part, largest first; Benjamini-Hochberg over all rows."
+)->pd.DataFrame: # model, tier, part, n, images, boxes, seeds, over, unit, area, chance, before, after, shift, low, high, d_z, p, p_bh, discovery, note; may be empty
+    "The shift of every kind of part over n churches, largest first, with the median of its area; Benjamini-Hochberg over all rows."
     if least<3: raise ValueError(f"least is {least}: a shift needs at least 3 churches")
     rows = []
     for (model,tier),group in in_order(scores.groupby(['model','tier'], sort=False)):
         kinds = [(p,g) for p,g in group.groupby('part') if g.church.nunique()>=least]
-        rows += sorted([dict(model=model, tier=tier, part=p, boxes=g.drop_duplicates('image').boxes.sum(), unit=g.unit.iloc[0], area=g.drop_duplicates('image').area.median(), chance=g.chance.iloc[0], **_shift_of(g))
-                        for p,g in kinds], key=lambda r: -r['shift'])
-    columns = ['model','tier','part','n','images','boxes','seeds','unit','area','chance','before','after','shift','low','high','d_z','p','note']
+        rows += sorted([dict(model=model, tier=tier, part=p, **_about_part(g), **_shift_of(g)) for p,g in kinds], key=lambda r: -r['shift'])
+    columns = ['model','tier','part','n','images','boxes','seeds','over','unit','area','chance','before','after','shift','low','high','d_z','p','note']
     return benjamini_hochberg(pd.DataFrame(rows, columns=columns))
 
 # %% ../../nbs/06i_detail.ipynb #6ea038a6
@@ -204,23 +215,28 @@ def block_table(
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/06i_detail.ipynb #82892fc0
+_TOO_FEW = 'fewer than 6 churches: they cannot be halved'
+
 def best_block_table(
     opened:OpenStudy,
     metric:str=PRIMARY,
     repeats:int=100, # divisions of the churches
     seed:int=0, # of the divisions
-)->pd.DataFrame: # model, tier, reader, n (churches), blocks, unit, frozen_block, frozen, tuned_block, tuned, best_to_best, last_to_last, divisions, note; may be empty
+)->pd.DataFrame: # model, tier, reader, n, blocks, unit, frozen_block, frozen, tuned_block, tuned, best_to_best, last_to_last, divisions, note; may be empty
     "From the best frozen block to the best tuned one, chosen on one half of the churches and read on the other; means over divisions."
     rows = []
     for r in tuned_pairs(opened).itertuples():
         b,a = (d.xs('mean', axis=1, level='head').rename_axis(columns='block') for d in opened.church_cells(r.model, r.tier, metric))
-        row = dict(model=r.model, tier=r.tier, reader=r.reader, n=len(b), blocks=b.shape[1], unit=metric, last_to_last=(a-b).iloc[:,-1].mean(), divisions=0, note='fewer than 6 churches: they cannot be halved')
+        row = dict(model=r.model, tier=r.tier, reader=r.reader, n=len(b), blocks=b.shape[1], unit=metric, last_to_last=(a-b).iloc[:,-1].mean(),
+                   divisions=0, note=_TOO_FEW)
         if len(b)>=6:
             f,t = (split_half_heads(d, repeats, seed) for d in (b,a)) # one seed, so the same halves
-            row |= dict(frozen_block=f.block.mode()[0], frozen=f.estimate.mean(), tuned_block=t.block.mode()[0], tuned=t.estimate.mean(), best_to_best=(t.estimate-f.estimate).mean(), divisions=repeats,
+            row |= dict(frozen_block=f.block.mode()[0], frozen=f.estimate.mean(), tuned_block=t.block.mode()[0], tuned=t.estimate.mean(),
+                        best_to_best=(t.estimate-f.estimate).mean(), divisions=repeats,
                         note='' if b.shape[1]>1 else 'one map, after the last block: nothing to choose')
         rows.append(row)
-    return pd.DataFrame(rows, columns=['model','tier','reader','n','blocks','unit','frozen_block','frozen','tuned_block','tuned','best_to_best','last_to_last','divisions','note'])
+    columns = ['model','tier','reader','n','blocks','unit','frozen_block','frozen','tuned_block','tuned','best_to_best','last_to_last','divisions','note']
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/06i_detail.ipynb #fcf7cb1a
 def head_grid(
@@ -238,13 +254,15 @@ def head_grid(
 # %% ../../nbs/06i_detail.ipynb #5821f1d7
 def head_table(
     grids:pd.DataFrame, # of `head_grid`, those of several models and tiers below each other
-)->pd.DataFrame: # model, tier, n (churches), heads, unit, up and down (heads with p_step_down below .05), rank_correlation (Spearman, frozen with tuned), largest, smallest (shift); may be empty
+)->pd.DataFrame: # model, tier, n (churches), heads, unit, up, down (p_step_down<.05), rank_correlation (frozen, tuned), largest, smallest (shift); may be empty
     "The heads of every model and tier in one row."
     rows = []
     for (model,tier),g in grids.groupby(['model','tier'], sort=False):
         sure,flat = g.p_step_down<.05, len(g)<3 or min(np.ptp(g.before), np.ptp(g.after))==0
-        rows.append(dict(model=model, tier=tier, n=g.n.iloc[0], heads=len(g), unit=g.unit.iloc[0], up=int((sure&(g.estimate>0)).sum()), down=int((sure&(g.estimate<0)).sum()),
-                         rank_correlation=np.nan if flat else stats.spearmanr(g.before, g.after).statistic, largest=g.estimate.max(), smallest=g.estimate.min()))
+        up,down = int((sure&(g.estimate>0)).sum()),int((sure&(g.estimate<0)).sum())
+        alike = np.nan if flat else stats.spearmanr(g.before, g.after).statistic
+        rows.append(dict(model=model, tier=tier, n=g.n.iloc[0], heads=len(g), unit=g.unit.iloc[0], up=up, down=down, rank_correlation=alike,
+                         largest=g.estimate.max(), smallest=g.estimate.min()))
     return pd.DataFrame(rows, columns=['model','tier','n','heads','unit','up','down','rank_correlation','largest','smallest'])
 
 # %% ../../nbs/06i_detail.ipynb #2243a03b
@@ -253,19 +271,96 @@ def best_heads(
     metric:str=PRIMARY,
     repeats:int=100, # divisions of the churches
     seed:int=0, # of the divisions
-)->pd.DataFrame: # model, tier, of ('frozen', 'tuned', 'shift'), n (churches), heads, unit, block and head (naive choice), naive, chosen, other, divisions, note; may be empty
+)->pd.DataFrame: # model, tier, of ('frozen', 'tuned', 'shift'), n, heads, unit, block, head (naive choice), naive, chosen, other, divisions, note; may be empty
     "The best head by the churches that chose it, and by the others."
     rows = []
     for r in tuned_pairs(opened).itertuples():
         b,a = (d.drop(columns='mean', level='head') for d in opened.church_cells(r.model, r.tier, metric))
         for of,d in dict(frozen=b, tuned=a, shift=a-b).items():
             block,head = d.mean().idxmax()
-            row = dict(model=r.model, tier=r.tier, of=of, n=len(d), heads=d.shape[1], unit=metric, block=block, head=head, naive=d.mean().max(), divisions=0, note='fewer than 6 churches: they cannot be halved')
+            row = dict(model=r.model, tier=r.tier, of=of, n=len(d), heads=d.shape[1], unit=metric, block=block, head=head,
+                       naive=d.mean().max(), divisions=0, note=_TOO_FEW)
             if len(d)>=6:
                 h = split_half_heads(d, repeats, seed)
                 row |= dict(chosen=h.chosen.mean(), other=h.estimate.mean(), divisions=repeats, note='')
             rows.append(row)
     return pd.DataFrame(rows, columns=['model','tier','of','n','heads','unit','block','head','naive','chosen','other','divisions','note'])
+
+# %% ../../nbs/06i_detail.ipynb #12d884fd
+def _by_cells(opened, metric, fuse):
+    "Shifts of a score of the heads of the last block; models with one map have none."
+    def score(r):
+        cells = opened.cells(r.name, metric)
+        heads = [k for k,h in enumerate(cells.heads) if h!='mean']
+        if len(heads)<2: return None
+        return pd.Series(fuse(cells.value[:,-1,heads]), pd.Index(cells.images, name='image')).dropna()
+    return beside_frozen(opened, score)
+
+def _by_block(opened, metric, block):
+    "Scores of an earlier block; models with fewer have none."
+    deep = lambda r: len(opened.read_means([metric])[r.name,metric].blocks)>=-block
+    return beside_frozen(opened, lambda r: opened.values(r.name, metric, block) if deep(r) else None)
+
+def _masked(opened, metric):
+    "Scores without the patches that are artifacts in the frozen model; models without artifacts have none."
+    artifacts = {model:opened.maps(name).artifacts for model,name in opened.frozen.items()}
+    def score(r):
+        if not artifacts[r.model].any(): return None
+        maps = mask_patches(opened.mean_maps(r.name)[:,None,None], artifacts[r.model])[:,0,0]
+        return score_like(opened.photographs(r.model), dict(masked=maps), metric).set_index('image').value
+    return beside_frozen(opened, score)
+
+# %% ../../nbs/06i_detail.ipynb #4e36cfff
+def _other_scores(opened, metric, inside):
+    "choice -> scores under it, of the same metric."
+    yield 'border suppressed',inside.rename(columns=dict(frozen_inside='before', tuned_inside='after'))
+    yield 'artifacts masked',_masked(opened, metric)
+    for b in (-2,-3): yield f'block {b}',_by_block(opened, metric, b)
+    yield 'mean of the heads\' scores',_by_cells(opened, metric, lambda v: v.mean(1))
+    yield 'best head of each photograph',_by_cells(opened, metric, lambda v: v.max(1))
+    scores = opened.scores(metric)
+    for s in sorted(scores.seed.unique()) if scores.seed.nunique()>1 else (): yield f'without seed {s}',scores[scores.seed!=s]
+
+def _other_tests(scores):
+    "Rows of one model and tier under other tests of the same shifts."
+    (before,after), = score_grids(scores).values()
+    d,fields = after-before,lambda row, how: dict(choice=how, n=len(after), seeds=after.shape[1], over='', shift=row.estimate, low=row.get('low'), high=row.get('high'), p=row.get('p'))
+    mean = d.mean(axis=1).to_numpy()
+    yield fields(sign_flip_p(mean, 9_999).iloc[0], 'sign flips of churches')
+    yield fields(bootstrap_t_interval(mean).iloc[0], 'bootstrap t over churches')
+    if d.shape[1]>1: yield fields(crossed_bootstrap(d).iloc[0], 'bootstrap of churches and seeds')
+
+def _said(row, alpha):
+    "-1, 0 or 1: what a row says, by its p or else by its interval."
+    sure = row.p<alpha if pd.notna(row.p) else row.low*row.high>0
+    return np.sign(row.gain) if sure else 0
+
+# %% ../../nbs/06i_detail.ipynb #3380e631
+def sensitivity_table(
+    opened:OpenStudy,
+    inside:pd.DataFrame=None, # of `border_scores` for the declared metric; None: computed
+    others:tuple=(), # open studies of the same models and tiers in other geometries
+)->pd.DataFrame: # model, tier, choice, metric, n, seeds, over, shift, low, high, p, says_the_same; of the declared family; may be empty
+    "The headline under one other choice at a time."
+    d,family = opened.study.declaration,{*opened.study.family}
+    tested = lambda scores: uncorrected_shifts(scores[[k in family for k in zip(scores.model, scores.tier)]]) if len(scores) else pd.DataFrame()
+    scores = opened.scores(d.metric)
+    scores = scores[[k in family for k in zip(scores.model, scores.tier)]]
+    if scores.empty: return pd.DataFrame(columns=['model','tier','choice','metric','n','seeds','over','shift','low','high','p','says_the_same'])
+    inside = border_scores(opened, d.metric) if inside is None else inside
+    parts = [tested(scores).assign(choice='declared', metric=d.metric)]
+    parts += [tested(opened.scores(m)).assign(choice='metric', metric=m) for m in dict.fromkeys((d.layout_free, *(d.companions or COMPANIONS))) if m!=d.metric]
+    parts += [tested(s).assign(choice=c, metric=d.metric) for c,s in _other_scores(opened, d.metric, inside)]
+    parts += [tested(o.scores(d.metric)).assign(choice=f'geometry {o.study.geometry}', metric=d.metric) for o in others]
+    parts += [pd.DataFrame(_other_tests(g)).assign(model=m, tier=t, metric=d.metric) for (m,t),g in scores.groupby(['model','tier'], sort=False)]
+    table = pd.concat([p for p in parts if len(p)], ignore_index=True)
+    table = table.assign(gain=table['shift']*table.metric.map(lambda m: 1 if higher_is_better(m) else -1))
+    table['said'] = [_said(r, d.alpha) for r in table.itertuples()]
+    declared = table[table.choice=='declared'].set_index(['model','tier']).said
+    table['says_the_same'] = [s==declared[m,t] for m,t,s in zip(table.model, table.tier, table.said)]
+    order = {k:i for i,k in enumerate(declared.index)}
+    table = table.assign(place=[order[k] for k in zip(table.model, table.tier)]).sort_values('place', kind='stable', ignore_index=True)
+    return table[['model','tier','choice','metric','n','seeds','over','shift','low','high','p','says_the_same']]
 
 # %% ../../nbs/06i_detail.ipynb #4f333e7d
 def _by_shift(scores): return (scores.after-scores.before).groupby(scores.image).mean().sort_values(kind='stable')

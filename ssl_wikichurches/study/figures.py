@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from ..attention.plots import model_color, require_columns
 from ..finetune.tiers import FROZEN, LINEAR, TIERS
+from ..stats.shift import ONE_MODEL, RECIPE
 
 # %% ../../nbs/06d_figures.ipynb #fbce3013
 TIER_MARKERS = {FROZEN:'.'}|{t.name:t.marker for t in TIERS.values()}
@@ -27,20 +28,24 @@ def tier_marker(
 def _drawn(tier, color): return dict(marker=tier_marker(tier), mfc='white' if tier==LINEAR else color)
 
 # %% ../../nbs/06d_figures.ipynb #a4e0df6e
+def _named(r): return f'{r.model}  {r.tier}'+f' ({ONE_MODEL})'*(getattr(r, 'over', '')==ONE_MODEL)
+
 def forest_plot(
-    table:pd.DataFrame, # columns model, tier, shift, low, high (`shift_table`)
+    table:pd.DataFrame, # columns model, tier, shift, low, high; perhaps over, models_low, models_high (`shift_table`)
     ax:Axes=None,
     xlabel:str='shift of IoU at the 90th percentile (fine-tuned minus frozen)',
 )->Axes:
-    "Shift and interval of every model and tier."
+    "Shift and interval of every model and tier: of the recipe where there are seeds, and behind it, pale, of these models; a row of one seed says so."
     require_columns(table, 'model', 'tier', 'shift', 'low', 'high')
     ax = ax or plt.subplots(figsize=(6,.8+.28*len(table)), dpi=80, layout='constrained')[1]
     ax.axvline(0, color='k', lw=.8, zorder=0)
     for y,r in enumerate(table.itertuples()):
         color = model_color(r.model)
+        models = getattr(r, 'models_low', np.nan),getattr(r, 'models_high', np.nan)
+        if getattr(r, 'over', '')==RECIPE and np.isfinite(models).all(): ax.plot(models, [y,y], color=color, lw=5, alpha=.3, solid_capstyle='butt')
         if np.isfinite([r.low,r.high]).all(): ax.plot([r.low,r.high], [y,y], color=color, lw=1.5)
         ax.plot(r.shift, y, color=color, ms=6, **_drawn(r.tier, color))
-    ax.set_yticks(range(len(table)), [f'{r.model}  {r.tier}' for r in table.itertuples()], fontsize=8)
+    ax.set_yticks(range(len(table)), [_named(r) for r in table.itertuples()], fontsize=8)
     ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9); ax.locator_params(axis='x', nbins=4)
     ax.legend(handles=[Line2D([], [], color='gray', ls='', label=t+' (zero by construction)'*(t==LINEAR), **_drawn(t, 'gray'))
                        for t in dict.fromkeys(table.tier)], fontsize=7, frameon=False, loc='upper left', bbox_to_anchor=(1,1))

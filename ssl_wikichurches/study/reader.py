@@ -27,7 +27,7 @@ from ..data.files import available_cores
 from ..data.splits import Split, class_labels, load_split
 from ..finetune.training import load_classifier
 from ..finetune.tiers import FROZEN, tier_method
-from .plan import Run, Study, as_study, study_runs
+from .plan import ANALYSIS, Run, Study, as_study, study_runs
 from .runs import store_scores
 
 # %% ../../nbs/06c_reader.ipynb #3dc72733
@@ -120,7 +120,8 @@ def _wide_means(path, metrics, levels):
     return {m:one(m) for m in metrics}
 
 def _long_means(path, metrics, levels):
-    table = pq.read_table(path, columns=['image','block','head','metric','value',*(LEVELS if levels else ())], filters=[('metric','in',[*metrics]),('head','==','mean')])
+    columns = ['image','block','head','metric','value',*(LEVELS if levels else ())]
+    table = pq.read_table(path, columns=columns, filters=[('metric','in',[*metrics]),('head','==','mean')])
     names = table['metric'].to_numpy(zero_copy_only=False)
     return {m:_as_cells(table.filter(names==m)) for m in metrics if (names==m).any()}
 
@@ -237,6 +238,11 @@ def model(self:OpenStudy, run:str)->tuple: # as `load_run` gives
     "A run's model, rebuilt."
     return load_run(self.path/run)
 
+@patch(as_prop=True)
+def declared(self:OpenStudy)->dict: # as `freeze_analysis` gives; empty in folders that were made before it was kept
+    "The analysis as it was declared, when, and what was changed since."
+    return json.loads(path.read_text()) if (path := self.path/ANALYSIS).is_file() else {}
+
 # %% ../../nbs/06c_reader.ipynb #21801e68
 @patch(as_prop=True)
 def churches(self:OpenStudy)->Churches:
@@ -333,7 +339,8 @@ def scores(self:OpenStudy,
     kind:str='plain', # or 'control'
 )->pd.DataFrame: # model, tier, seed, image, church, before, after; may be empty
     "Scores per image before and after fine-tuning, for every complete run of a kind with a frozen one beside it."
-    if kind not in ('plain','control'): raise ValueError(f"kind is {kind!r}: expected 'plain' or 'control'; runs that used boxes are measured by folds, see `supervised_scores`")
+    if kind not in ('plain','control'):
+        raise ValueError(f"kind is {kind!r}: expected 'plain' or 'control'; runs that used boxes are measured by folds, see `supervised_scores`")
     read = lambda r, start=False: self.values(r.name, metric, block, head, start=start)
     start = lambda r: read(r, True) if kind=='control' and self.has(r.name, 'start.parquet') else None
     return self.keep(('scores',metric,block,head,kind), lambda: beside_frozen(self, read, kind, start)).copy(deep=False)
@@ -364,7 +371,8 @@ def _same_cells(cells, frozen): return {*cells.images}=={*frozen.images} and (ce
 
 def _church_cells(opened, model, tier, metric):
     names = opened.of_kind().query('model==@model and tier==@tier').name
-    if model not in opened.frozen or not len(names): raise ValueError(f"{opened.path} has no complete frozen run of {model!r}, or none of tier {tier!r} beside it")
+    if model not in opened.frozen or not len(names):
+        raise ValueError(f"{opened.path} has no complete frozen run of {model!r}, or none of tier {tier!r} beside it")
     frozen,tuned = opened.cells(opened.frozen[model], metric),[opened.cells(n, metric) for n in names]
     if odd := [c for c in tuned if not _same_cells(c, frozen)]:
         raise ValueError(f"{len(odd)} runs of {model} {tier} measured other images, blocks or heads than the frozen one")
@@ -384,7 +392,8 @@ def _slice(path, block):
     "Images, and the maps (n, g, g) of one block, mean over heads."
     with safe_open(path, 'pt') as f:
         texts = f.metadata() or {}
-        if json.loads(texts.get('header', '{}')).get('format')!=FORMAT: raise ValueError(f"{path} is no file of maps in format {FORMAT}: measure the run again, by deleting its run.json")
+        if json.loads(texts.get('header', '{}')).get('format')!=FORMAT:
+            raise ValueError(f"{path} is no file of maps in format {FORMAT}: measure the run again, by deleting its run.json")
         stored = f.get_slice('maps')
         if not -(n := stored.get_shape()[1])<=block<n: raise ValueError(f"{path} has maps of {n} blocks, so none numbered {block}")
         return tuple(json.loads(texts['images'])),stored[:,block%n].float().mean(1)

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from ..finetune.attn_supervised import AttnSupervisedRecipe, check_crossfit
 from ..finetune.training import classification_scores
 from ..stats.seeds import clustered_shift
-from ..stats.shift import bca_interval, by_church, holm, paired_shift
+from ..stats.shift import bca_interval, by_church, holm, paired_shift, score_grids
 from ..attention.metrics import PRIMARY
 from .reader import OpenStudy
 
@@ -21,7 +21,9 @@ def _check_folds(opened, runs):
     r = runs.iloc[0]
     images = [*opened.values(r['name']).index]
     held = [n for h in runs.held_out for n in h]
-    if len(held)!=len({*held}) or not {*images}<={*held}: raise ValueError(f"{r.model}-{r.tier}-seed{r.seed}: its {len(runs)} folds hold out {len(held)} images, {len({*held})} different ones, of {len(images)} that were measured: expected each once")
+    if len(held)!=len({*held}) or not {*images}<={*held}:
+        raise ValueError(f"{r.model}-{r.tier}-seed{r.seed}: its {len(runs)} folds hold out {len(held)} images, {len({*held})} different ones, "
+                         f"of {len(images)} that were measured: expected each once")
     churches = pd.Series(opened.groups(held), held)
     for h in runs.held_out: check_crossfit([n for n in held if n not in {*h}], h, churches)
 
@@ -52,7 +54,8 @@ def supervised_scores(
     for (model,tier,seed),runs in supervised_runs(opened).groupby(['model','tier','seed'], sort=False):
         values = pd.DataFrame({r.fold:opened.values(r.name, metric, block, head) for r in runs.itertuples()})
         held = pd.DataFrame({r.fold:values.index.isin(r.held_out) for r in runs.itertuples()}, values.index)
-        d = pd.DataFrame(dict(fold=held.idxmax(axis=1), before=frozen[model], after=values.where(held).sum(axis=1, min_count=1), in_fold=values.where(~held).mean(axis=1)))
+        after,in_fold = values.where(held).sum(axis=1, min_count=1),values.where(~held).mean(axis=1)
+        d = pd.DataFrame(dict(fold=held.idxmax(axis=1), before=frozen[model], after=after, in_fold=in_fold))
         parts.append(d.rename_axis('image').reset_index().assign(model=model, tier=tier, seed=seed))
     if not parts: return pd.DataFrame(columns=columns)
     return pd.concat(parts, ignore_index=True).assign(church=lambda d: opened.groups(d.image))[columns]
@@ -70,18 +73,20 @@ def _answers(opened, runs):
 def _right(answers): # share of seeds that name a church right
     return answers.assign(right=(answers.label==answers.predicted).astype(float)).groupby('church').right.mean()
 
-def _accuracy(answers): return pd.DataFrame([classification_scores(d.label.to_numpy(), d.predicted.to_numpy()) for _,d in answers.groupby('seed')]).mean().to_dict()
+def _accuracy(answers): # means over seeds
+    each = [classification_scores(d.label.to_numpy(), d.predicted.to_numpy()) for _,d in answers.groupby('seed')]
+    return pd.DataFrame(each).mean().to_dict()
 
 # %% ../../nbs/06g_supervision.ipynb #c0c6680e
-SUPERVISED_COLUMNS = ['model','tier','metric','boxes','weight','kind','n','folds','seeds','before','after','shift','low','high','t','p','p_holm','in_fold','in_low','in_high',
-         'accuracy','balanced_accuracy','accuracy_change','change_low','change_high','note']
+SUPERVISED_COLUMNS = ['model','tier','metric','boxes','weight','kind','n','folds','seeds','before','after','shift','low','high','t','p','p_holm',
+                      'in_fold','in_low','in_high','accuracy','balanced_accuracy','accuracy_change','change_low','change_high','note']
 
 def _by_church(scores): return scores.groupby(['church','image'])[['before','after','in_fold','fold']].mean().groupby('church').mean()
 
 def _full_row(scores, answers):
-    g = by_church(scores)
-    found = paired_shift(g.before, g.after)
-    return dict(tier='full', boxes='none', weight=0., seeds=scores.seed.nunique(), **{k:found[k] for k in ('n','before','after','shift','low','high','t','p')}, **_accuracy(answers), note='no boxes: interval over churches')
+    found = paired_shift(*next(iter(score_grids(scores).values())))
+    return dict(tier='full', boxes='none', weight=0., **{k:found[k] for k in ('n','seeds','before','after','shift','low','high','t','p')},
+                **_accuracy(answers), note=f"no boxes: {found['over']}")
 
 # %% ../../nbs/06g_supervision.ipynb #733ec523
 def _change(full, own, fold):
@@ -114,7 +119,7 @@ def _supervised_rows(opened, scores, runs, full):
 def supervised_table(
     opened:OpenStudy,
     metric:str=PRIMARY, # one of those that were stored
-)->pd.DataFrame: # `SUPERVISED_COLUMNS`: shift out of fold, with interval over folds; in_fold: shift in fold (upper bound; BCa over churches); accuracy out of fold, its change against full over folds; may be empty
+)->pd.DataFrame: # `SUPERVISED_COLUMNS`: shift, accuracy and change against full out of fold, over folds; in_fold: upper bound, BCa over churches; may be empty
     "What tiers that used boxes did to attention and to accuracy, beside full fine-tuning."
     scores,runs = supervised_scores(opened, metric),supervised_runs(opened)
     if scores.empty: return pd.DataFrame(columns=SUPERVISED_COLUMNS)
@@ -148,6 +153,7 @@ def supervision_contrasts(
         full = by_church(plain[plain.model==model]).after if model in {*plain.model} else []
         for a,b,after,before,fold in _pairs(church, recipe, full):
             f = clustered_shift(before, after, fold)
-            rows.append(dict(model=model, tier=a, minus=b, n=f['n'], folds=f['clusters'], difference=f['shift'], **{k:f[k] for k in ('low','high','t','p','note')}))
+            found = {k:f[k] for k in ('low','high','t','p','note')}
+            rows.append(dict(model=model, tier=a, minus=b, n=f['n'], folds=f['clusters'], difference=f['shift'], **found))
     table = pd.DataFrame(rows, columns=['model','tier','minus','n','folds','difference','low','high','t','p','p_holm','note'])
     return table.assign(p_holm=holm(table.p))
