@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.backbones.encoders import load_backbone
-from ssl_wikichurches.finetune.controls import LIGHT, other_task, random_labels, randomly_initialized, read_countries
+from ssl_wikichurches.finetune.controls import LIGHT, corrected_v, other_questions, other_task, random_labels, randomly_initialized, read_countries
 from ssl_wikichurches.data.churches import church_id, read_churches
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.finetune.tiers import CONTROLS, tier_method
@@ -74,6 +74,55 @@ def test_countries_are_those_of_the_file(small):
     for n,k in asked.labels.items(): assert records[church_id(n)]['country']['name']==asked.names[k]
     assert {*asked.labels.index}=={n for p in small.split.parts.values() for n in p}
     assert other_task(small, 5).labels.equals(asked.labels)
+
+def stand(root, land):
+    "Let every church stand in `land(id, record)`."
+    path = root/'churches.json'
+    path.write_text(json.dumps({c:r|dict(country=dict(id=None, name=land(c, r))) for c,r in json.loads(path.read_text()).items()}))
+    churches = read_churches(root)
+    return TrainData(churches, make_split(churches, val=.3), 64)
+
+def asked_by(data): return [*other_questions(data).query('asked').index]
+
+def test_a_country_that_is_style_is_not_asked(folder):
+    data = stand(folder, lambda c, r: f"land of {(r['styles'] or ['none'])[0]}")
+    table = other_questions(data)
+    assert table.v['country']==pytest.approx(1) and table.v['light']<.3 and asked_by(data)==['light']
+    assert other_task(data).names==LIGHT
+    with pytest.warns(UserWarning, match='goes with style .*1.00'): asked = other_task(data, question='country')
+    train = list(data.split.train)
+    assert pd.crosstab(asked.labels[train], data.labels[train]).gt(0).sum(axis=1).eq(1).all() # one style in each
+    with pytest.raises(ValueError, match="'weather' cannot be asked"): other_task(data, question='weather')
+
+def test_a_country_that_says_nothing_is_asked(folder, recwarn):
+    data = stand(folder, lambda c, r: 'A')
+    owner = pd.Series(data.churches.groups(data.split.train), list(data.split.train))
+    style = data.labels[owner.index].groupby(owner).first()
+    place = style.groupby(style).cumcount() # every other church of a style
+    data = stand(folder, lambda c, r: 'AB'[place.get(c, 0)%2])
+    assert other_questions(data).v['country']==0 and asked_by(data)==['country'] and {*other_task(data).names}=={'A','B'}
+    assert not [w for w in recwarn if 'goes with style' in str(w.message)]
+
+def test_corrected_v_against_its_formula():
+    from scipy.stats import chi2_contingency
+    rng = np.random.default_rng(0)
+    for r,k,n in ((2,2,20), (4,3,50), (4,4,1000), (3,9,40)):
+        a,b = pd.Series(np.r_[range(r), rng.integers(0, r, n-r)]),pd.Series(np.r_[range(k), rng.integers(0, k, n-k)])
+        phi2 = chi2_contingency(pd.crosstab(a, b), correction=False)[0]/n
+        want = (max(0, phi2-(r-1)*(k-1)/(n-1))/(min(r-(r-1)**2/(n-1), k-(k-1)**2/(n-1))-1))**.5
+        assert corrected_v(a, b)==pytest.approx(want, abs=1e-12) and corrected_v(b, a)==pytest.approx(want, abs=1e-12)
+        assert corrected_v(a, a)==pytest.approx(1)
+    assert np.isnan(corrected_v(a, a*0)) and np.isnan(corrected_v(pd.Series(range(4)), pd.Series(range(4))))
+
+def test_a_church_answers_once(tmp_path):
+    from ssl_wikichurches.data.synthetic import make_churches
+    churches = read_churches(make_churches(tmp_path/'several', n=60, n_annotated=6, size=64, seed=3, several=.6))
+    data = TrainData(churches, make_split(churches, val=.3), 64)
+    table = other_questions(data)
+    assert set(table.churches)=={len({church_id(n) for n in data.split.train})} and table.churches.iloc[0]<len(data.split.train)
+    first = list(pd.Series(list(data.split.train)).groupby([church_id(n) for n in data.split.train]).first())
+    once = replace(data, split=replace(data.split, train=tuple(first)))
+    assert table.v['country']==other_questions(once).v['country'] # of photographs alone it would be another
 
 def without_countries(root):
     path = root/'churches.json'
@@ -270,5 +319,6 @@ def test_real_photographs(real):
     data = TrainData(churches, make_split(churches), 224)
     asked,train = other_task(data),list(data.split.train)
     assert asked.names==LIGHT and asked.labels[train].value_counts(normalize=True).between(.24, .26).all()
+    assert other_questions(data).v.to_dict()=={'light':pytest.approx(0, abs=.1)}
     table = pd.crosstab(data.labels[train], asked.labels[train], normalize='index') # light says little about style
     assert (table-table.mean()).abs().max().max()<.2

@@ -24,6 +24,7 @@ class FullRecipe(Recipe):
     clip:float=1. # largest gradient norm, over backbone and classifier together
     layer_decay:float=1. # rates shrink by this factor from each block to the one before; 1: one rate, as in the default recipe
     drop_path:float=0. # chance that an image skips the last block in training, rising linearly from 0 before the first one
+    decay_vectors:bool=False # weight decay of biases, norms and scales, too
     def __post_init__(self):
         super().__post_init__()
         if self.backbone_lr<0 or not 0<self.layer_decay<=1 or not 0<=self.drop_path<1:
@@ -44,14 +45,14 @@ def parameter_groups(
     model:StyleModel,
     recipe:FullRecipe,
 )->list: # AdamW groups, with the name of what they hold
-    "Learning rates by depth; vectors without weight decay."
+    "Learning rates by depth; vectors without weight decay, unless the recipe decays them."
     depth,found = model.backbone.depth,{}
     for name,p in model.named_parameters():
         if not p.requires_grad: continue
         at = depth_of(name, depth) if name.startswith('backbone.') else None
         rate = recipe.lr if at is None else recipe.backbone_lr*recipe.layer_decay**(depth+1-at)
         label = 'classifier' if at is None else 'backbone' if recipe.layer_decay==1 else f'depth_{at}'
-        free = dict(weight_decay=0.) if p.ndim<2 else {}
+        free = dict(weight_decay=0.) if p.ndim<2 and not recipe.decay_vectors else {}
         found.setdefault((label, not free), dict(params=[], lr=rate, name=label, **free))['params'].append(p)
     return list(found.values())
 

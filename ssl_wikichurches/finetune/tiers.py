@@ -20,6 +20,7 @@ class Control:
     change:str # function that changes it: (TrainData, seed) -> TrainData, or (Backbone, seed) -> Backbone
     own_start:bool=False # the backbone is changed, and a shift counts from there; False: the data are changed
     module:str='.finetune.controls' # that holds the function
+    note:str='' # what a reader of its rows has to know
 
     def apply(self,
         data, # TrainData
@@ -31,9 +32,10 @@ class Control:
         return (data, change(backbone, seed)) if self.own_start else (change(data, seed), backbone)
 
 CONTROLS = {c.name:c for c in (
-    Control('random_labels', 'random_labels'),
-    Control('other_task', 'other_task'),
-    Control('random_init', 'randomly_initialized', own_start=True))}
+    Control('random_labels', 'random_labels', note='classes dealt anew among churches: single churches can be learned, styles cannot'),
+    Control('other_task', 'other_task', note='asks what goes least with style; `other_questions` says what that is, and how closely it goes with it'),
+    Control('random_init', 'randomly_initialized', own_start=True,
+            note='starts near chance, so it has another room to move; for tiers that store only what they train, such as lora, it is a full training'))}
 
 # %% ../../nbs/04f_tiers.ipynb #c25d873c
 @dataclass(frozen=True)
