@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'LIGHT', 'QUESTIONS', 'TIED', 'random_labels', 'read_countries', 'country_classes', 'light_classes',
-           'corrected_v', 'other_questions', 'other_task', 'randomly_initialized']
+           'corrected_v', 'tied_to_style', 'other_questions', 'other_task', 'randomly_initialized']
 
 # %% ../../nbs/04e_controls.ipynb #a5a2de99
 import json, warnings
@@ -100,6 +100,12 @@ def _of_churches(classes, data):
     "The most frequent class of each training church."
     train = list(data.split.train)
     return classes.loc[train].groupby(data.churches.groups(train)).agg(lambda c: c.mode()[0])
+
+def tied_to_style(
+    data:TrainData, # of a training that may ask for something else
+)->float: # `corrected_v` over training churches; 1 where style itself is asked for; nan where it cannot be said
+    "How closely what is learned goes with style."
+    return corrected_v(_of_churches(replace(data, classes=None).labels, data), _of_churches(data.labels, data))
 
 def other_questions(
     data:TrainData,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..data.files import available_cores, read_tensors, worker_pool, write_file, write_json, write_tensors
 from ..backbones.encoders import Backbone, load_backbone
 from ..data.churches import ChurchDataset, Churches, box_mask, eval_transform
+from ..finetune.controls import tied_to_style
 from ..finetune.devices import Team, launch
 from ..data.download import load_churches
 from ..finetune.tiers import CONTROLS, FROZEN, tier_method
@@ -244,7 +245,8 @@ def _carry_out(run, root, folder, device, processes, loaders):
     data,backbone = prepare_run(run, root, loaders)
     images = _evaluation_images(data)
     facts = dict(spec=asdict(backbone.spec), **{f'n_{p}':len(names) for p,names in data.split.parts.items()}, prepared=[*data.churches.prepared])
-    if (control := _control(run)) and control.own_start: _measure_run(folder, deepcopy(backbone), data, images, device, 'start')
+    if (control := _control(run)) and data.classes is not None: facts['v_style'] = tied_to_style(data)
+    if control and control.own_start: _measure_run(folder, deepcopy(backbone), data, images, device, 'start')
     if run.tier!=FROZEN:
         together = processes>1 and tier_method(run.tier).shared
         backbone,more = _fit_together(run, root, folder, backbone, processes, loaders) if together else _fit(run, data, backbone, folder, device)

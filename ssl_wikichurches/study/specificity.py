@@ -21,15 +21,16 @@ from .tables import equivalence_column, plain_shifts
 def control_table(
     opened:OpenStudy,
     metric:str=PRIMARY, # one of the metrics in metrics.parquet
-)->pd.DataFrame: # model, tier, of (what it trains as); n, seeds, over, before, after, shift, low, high, p of `paired_shift`; classes, accuracy, balanced_accuracy (of the question that was asked, on evaluation images, means over seeds); may be empty
+)->pd.DataFrame: # model, tier, of (what it trains as); n, seeds, over, before, after, shift, low, high, p of `paired_shift`; classes, v_style (Cramér's V with style), accuracy, balanced_accuracy (of what was asked, on evaluation images, means over seeds), note
     "The shifts of controls. No correction: nothing is claimed of them."
-    columns = ['model','tier','of','metric','n','seeds','over','before','after','shift','low','high','p','classes','accuracy','balanced_accuracy']
+    columns = ['model','tier','of','metric','n','seeds','over','before','after','shift','low','high','p','classes','v_style','accuracy','balanced_accuracy','note']
     if (scores := opened.scores(metric, kind='control')).empty: return pd.DataFrame(columns=columns)
     runs = opened.of_kind('control')
-    said = pd.DataFrame([dict(model=r.model, tier=r.tier, classes=', '.join(r.classes), **r.scores['eval']) for r in runs.itertuples()])
+    said = pd.DataFrame([dict(model=r.model, tier=r.tier, classes=', '.join(r.classes), v_style=getattr(r, 'v_style', np.nan), **r.scores['eval']) for r in runs.itertuples()])
     said = said.groupby(['model','tier','classes'], as_index=False).mean()
     table = uncorrected_shifts(scores).merge(said, on=['model','tier'], how='left', validate='one_to_one')
-    return table.assign(metric=metric, of=[tier_method(t).of for t in table.tier])[columns]
+    about = dict(of=[tier_method(t).of for t in table.tier], note=[CONTROLS[tier_method(t).control].note for t in table.tier])
+    return table.assign(metric=metric, **about)[columns]
 
 # %% ../../nbs/06f_specificity.ipynb #a302d4ca
 def _controls_of(tier, tiers):
