@@ -11,7 +11,7 @@ from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune.coin import CoinLoss, CoinRecipe, class_cosines, class_pairs, fit_coin
-from ssl_wikichurches.finetune.core_tuning import ContrastiveModel, CoreTuningRecipe, Projector, fit_contrastive, fit_core_tuning, supcon_loss
+from ssl_wikichurches.finetune.core_tuning import STRONG, ContrastiveModel, CoreTuningRecipe, Projector, fit_contrastive, fit_core_tuning, supcon_loss
 from ssl_wikichurches.finetune.training import make_recipe, new_classifier
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
 
@@ -112,7 +112,7 @@ def test_both_losses_by_hand_on_either_side_of_the_switch(alpha, epochs, faithfu
     w = torch.tensor([1.,2.,.5,3.], dtype=torch.double)
     r = CoinRecipe(alpha=alpha, epochs=epochs, eta=.7, faithful=faithful)
     made,m = toy(r, 6, w)
-    contrast = by_hand(m.projector(z).detach(), t, .3, faithful)
+    contrast = by_hand(m.projector(z).detach(), t, .3, faithful)*(1 if faithful else 6.3/64)
     logp = m.classifier(z).log_softmax(1)
     classes = (sum(-w[c]*logp[i,c] for i,c in enumerate(t))/w[t].sum()).item()
     switch = 6*math.ceil(Fraction(str(alpha))*epochs)
@@ -121,6 +121,41 @@ def test_both_losses_by_hand_on_either_side_of_the_switch(alpha, epochs, faithfu
         loss,parts = loss_at(made, z, t, step)
         assert loss.item()==pytest.approx(want, rel=1e-10), step
         assert parts==pytest.approx(dict(stage=1, contrast_loss=contrast) if step<switch else dict(stage=2, class_loss=classes, contrast_loss=contrast), rel=1e-10)
+
+def published_strength(v, t, itself=True):
+    "The contrastive loss of COIN's code, anchor by anchor; its pairs of an image with itself can be left out."
+    anchors = []
+    for i in range(len(t)):
+        sim = v@v[i]/.3
+        total = sim[[k for k in range(len(t)) if k!=i]].logsumexp(0)
+        logp = [sim[j]-total for j in range(len(t)) if t[j]==t[i] and (itself or j!=i)]
+        if logp: anchors.append(-sum(logp)/len(t)) # mean over a row of the batch
+    return sum(anchors)/len(anchors)
+
+@pytest.mark.parametrize('step,weight', [(0,1.),(1,.1)]) # alone in stage 1, with the published eta beside the classes
+@pytest.mark.parametrize('shift', (0.,2.)) # features around zero, and all alike
+def test_the_default_is_as_strong_as_the_published_code_on_its_own_batches(step, weight, shift):
+    "64 images of CIFAR-10's ten classes, shuffled."
+    found = {}
+    for seed in range(16):
+        g = torch.Generator().manual_seed(seed)
+        z,t = torch.randn(64, 48, generator=g)+shift,torch.randint(10, (64,), generator=g)
+        m = ContrastiveModel(nn.Identity(), new_classifier(48, 0, 10), Projector(48, 32, seed))
+        v = m.projector(z)
+        terms = dict(published=weight*published_strength(v, t), pairs=weight*published_strength(v, t, False))
+        for name,kw in dict(default={}, strong=STRONG, faithful=dict(faithful=True)).items():
+            total,parts = CoinLoss(m, CoinRecipe(epochs=2, alpha=.5, **kw), torch.ones(10), 0, 1).loss(lambda x, features: z, z, t, step)
+            terms[name] = total-F.cross_entropy(m.classifier(z), t) if step else total
+        for k,u in terms.items(): found.setdefault(k, []).append((u.item(), torch.autograd.grad(u, m.projector.layers[2].weight, retain_graph=True)[0].norm().item()))
+    loss,grad = ({k:np.array(u)[:,i].mean() for k,u in found.items()} for i in range(2))
+    assert loss['default']==pytest.approx(loss['pairs'], rel=.05) and loss['default']==pytest.approx(loss['published'], rel=.15)
+    assert grad['default']==pytest.approx(grad['pairs'], rel=.1) # self-pairs push another way, see the notebook
+    for d in (loss, grad): assert d['faithful']==pytest.approx(d['published'], rel=1e-3) and 9<d['strong']/d['pairs']<11.5
+
+def test_the_strong_variant():
+    z,t = some(10)
+    a,b = (loss_at(toy(CoinRecipe(epochs=2, alpha=.5, **kw), 1)[0], z, t, 0)[0].item() for kw in ({}, STRONG))
+    assert CoinRecipe().scale==pytest.approx(6.3/64) and a==pytest.approx(CoinRecipe().scale*b, rel=1e-6)
 
 @pytest.mark.parametrize('faithful', (False,True))
 def test_stage_one_does_not_know_the_classifier(faithful):
@@ -201,7 +236,7 @@ def test_without_first_stage_and_contrast_it_is_full_fine_tuning_bit_for_bit(dat
 
 def test_without_first_stage_it_is_the_contrastive_term_of_core_tuning_alone(data):
     mine = fit_coin(load_backbone('tiny-clip'), data, CoinRecipe(**SHORT, epochs=2, alpha=0.), 3)
-    other = fit_core_tuning(load_backbone('tiny-clip'), data, CoreTuningRecipe(**SHORT, epochs=2, mix='none', focal=False, tau=.3), 3)
+    other = fit_core_tuning(load_backbone('tiny-clip'), data, CoreTuningRecipe(**SHORT, epochs=2, mix='none', focal=False, tau=.3, scale=CoinRecipe().scale), 3)
     assert same(mine.state, other.state)
 
 @NAMES

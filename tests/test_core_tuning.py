@@ -10,10 +10,11 @@ from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune import core_tuning
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.backbones.encoders import load_backbone
-from ssl_wikichurches.finetune.core_tuning import (MIXES, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
-                                          mixed_set, mixing_draws, plain_loss, published_pairs, same_labels, soft_cross_entropy, supcon_loss)
+from ssl_wikichurches.finetune.core_tuning import (MIXES, STRONG, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
+                                          mixed_set, mixing_draws, plain_loss, published_pairs, published_share, same_labels, soft_cross_entropy, supcon_loss)
 from ssl_wikichurches.finetune.training import TrainData, make_recipe, new_classifier, train
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full, parameter_groups, restore_full
+from ssl_wikichurches.finetune.tiers import tier_method
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 def model(name): return timm_model(name) if name in TIMM else load_backbone(name)
@@ -204,9 +205,72 @@ def test_the_loss_by_hand(mix, faithful):
     zs,ys = mixed_set(z, t, draws, 4, faithful); y = F.one_hot(t, 4).double()
     a,b = [(zs,ys) if mix in ('both',k) else (z,y) for k in ('classes','contrast')]
     classes = -(a[1]*m.classifier(a[0]).log_softmax(1)).sum(1).mean()
-    contrast = by_hand(m.projector(b[0]).detach().numpy(), b[1].numpy(), .2, True, faithful)
+    contrast = by_hand(m.projector(b[0]).detach().numpy(), b[1].numpy(), .2, True, faithful)*(1 if faithful else 6.3/192)
     assert loss.item()==pytest.approx(classes.item()+.7*contrast, rel=1e-6)
     assert parts==pytest.approx(dict(class_loss=classes.item(), contrast_loss=contrast), rel=1e-6)
+
+def published_strength(z, t, project, rng, classes=10, eta=.1, tau=.07):
+    "Eta times the contrastive loss of Core-tuning's code, step by step, of a batch as its loop sees it."
+    n,y,u = len(t),np.eye(classes, dtype=np.float32)[t.numpy()],F.normalize(z, dim=1)
+    features,labels = [z[i].detach() for i in range(n)],[y[i] for i in range(n)]
+    for i,j in enumerate(rng.permutation(n)):
+        lam = np.float32(max(rng.beta(1, 1), .8))
+        features.append((1-lam)*z[i]+lam*z[j]); labels.append((1-lam)*y[i]+lam*y[j])
+    pos,neg = published(z.detach(), t)
+    for p,q in zip(pos, neg):
+        lam = np.float32(rng.beta(1, 1))
+        features.append(lam*z[p]+(1-lam)*z[q]); labels.append(lam*y[p]+(1-lam)*y[q])
+    code = [float((torch.tensor(l)[None]@(10.**torch.arange(classes))[:,None]).item()) for l in labels]
+    v,anchors = project(torch.stack(features)),[]
+    for i in range(3*n):
+        others = [k for k in range(3*n) if k!=i]
+        total = (v[others]@v[i]/tau).logsumexp(0)
+        logp = [v[i]@v[j]/tau-total for j in others if code[j]==code[i]]
+        if logp: anchors.append(sum(-(1-l.exp())*l for l in logp)/(3*n)) # mean over a row of the set
+    return eta*sum(anchors)/len(anchors)
+
+def gradient(loss, module): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*module.parameters()])]).norm().item()
+
+@pytest.mark.parametrize('shift', (0.,2.)) # features around zero, and all alike
+def test_the_default_is_as_strong_as_the_published_code_on_its_own_batches(shift):
+    "64 images of CIFAR-10's ten classes, shuffled; loss, and its gradient in the projector, which stands behind either set."
+    losses,gradients = {},{}
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        z,t = torch.randn(64, 48, generator=g)+shift,torch.randint(10, (64,), generator=g)
+        m = ContrastiveModel(nn.Identity(), new_classifier(48, 0, 10), Projector(48, 32, seed))
+        terms = dict(published=published_strength(z, t, m.projector, np.random.default_rng(seed)))
+        for name,kw in dict(default={}, strong=STRONG, faithful=dict(faithful=True)).items():
+            r = CoreTuningRecipe(**kw)
+            made = CoreTuningLoss(m, r, torch.ones(10), seed)
+            total,parts = made.loss(lambda x, features: z, z, t, 0)
+            without,_ = CoreTuningLoss(m, replace(r, eta=0.), torch.ones(10), seed).loss(lambda x, features: z, z, t, 0)
+            terms[name] = total-without
+            assert terms[name].item()==pytest.approx(r.eta*parts['contrast_loss'], abs=1e-5)
+        for k,v in terms.items():
+            losses[k] = losses.get(k, 0)+v.item()
+            gradients[k] = gradients.get(k, 0)+gradient(v, m.projector)
+    for found in (losses, gradients):
+        ratio = {k:v/found['published'] for k,v in found.items()}
+        assert ratio['default']==pytest.approx(1, abs=.15) and ratio['faithful']==pytest.approx(1, abs=.05) and 25<ratio['strong']<37, ratio
+
+def test_the_share_of_positives():
+    "Counted in shuffled batches of ten even classes."
+    t = torch.randint(10, (4000,64), generator=torch.Generator().manual_seed(0))
+    others = (t[:,:,None]==t[:,None]).sum(2).double().mean().item()-1
+    assert published_share()==pytest.approx(others/64, rel=.01) and published_share(3)==pytest.approx(others/192, rel=.01)
+    assert CoreTuningRecipe().scale==published_share(parts=3)==pytest.approx(6.3/192)
+    assert published_share(1, 32, 4)==pytest.approx(31/4/32)
+
+def test_strength_is_in_the_recipe_and_the_strong_one_is_a_variant():
+    weak,strong = (CoreTuningRecipe(eta=.5, **kw) for kw in ({}, STRONG))
+    assert asdict(weak)['scale']<asdict(strong)['scale']==1 and asdict(weak)|STRONG==asdict(strong) # so runs of either are told apart
+    assert make_recipe(tier_method('core_tuning-strong').recipe, **STRONG)==CoreTuningRecipe(**STRONG)
+    z,t = some(12, seed=5); t[:] = torch.arange(12)%4
+    a,b = (loss_of(z, t, r)[1] for r in (weak, strong))
+    assert a['class_loss']==b['class_loss'] and a['contrast_loss']==pytest.approx(weak.scale*b['contrast_loss'], rel=1e-6)
+    a,b = (loss_of(z, t, replace(r, faithful=True))[1] for r in (weak, strong))
+    assert a==b # the published loss is what it is
 
 def test_originals_reach_the_backbone_and_in_the_published_code_do_not():
     "Quirk b: the gradient of each feature, and what is left of it if the features themselves are detached."
@@ -318,7 +382,7 @@ def test_recipe():
     r = CoreTuningRecipe(eta=1., mix='contrast', per_class=3)
     assert CoreTuningRecipe(**json.loads(json.dumps(asdict(r))))==r and make_recipe(CoreTuningRecipe, eta=1, mix='contrast', per_class=3)==r
     assert CoreTuningRecipe().eta==.1
-    for bad in (dict(eta=-1.), dict(tau=0.), dict(dim=0), dict(per_class=-1), dict(mix='all'), dict(mix_alpha=0.), dict(accumulate=2)):
+    for bad in (dict(eta=-1.), dict(scale=0.), dict(tau=0.), dict(dim=0), dict(per_class=-1), dict(mix='all'), dict(mix_alpha=0.), dict(accumulate=2)):
         with pytest.raises(ValueError, match='|'.join(bad)): CoreTuningRecipe(**bad)
 
 def test_batches_too_small_for_the_classes_are_refused(data):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from ..backbones.encoders import Backbone
-from .core_tuning import ContrastiveLoss, ContrastiveRecipe, fit_contrastive, plain_loss, supcon_loss
+from .core_tuning import ContrastiveLoss, ContrastiveRecipe, fit_contrastive, plain_loss, published_share
 from .training import Fitted, TrainData
 
 # %% ../../nbs/04b_coin.ipynb #eb6dfdb8
@@ -27,6 +27,7 @@ def class_pairs(
 @dataclass(frozen=True)
 class CoinRecipe(ContrastiveRecipe):
     "COIN. With alpha=0 and eta=0 it is full fine-tuning."
+    scale:float=published_share() # the set is the batch
     tau:float=.3 # temperature of the contrastive loss
     alpha:float=.7 # share of the epochs in stage 1, in [0, 1]; 1: a classifier that never learns
     def __post_init__(self):
@@ -49,7 +50,7 @@ class CoinLoss(ContrastiveLoss):
             loss = plain_loss(m.classifier(z), labels, self.weight)
             parts['class_loss'] = loss.item()
             if not r.eta: return loss,parts
-        contrast = supcon_loss(m.projector(z), class_pairs(labels, r.faithful), r.tau, over_all=r.faithful)
+        contrast = self.contrast(z, class_pairs(labels, r.faithful))
         parts['contrast_loss'] = contrast.item()
         return loss+r.eta*contrast if joint else contrast,parts
 
