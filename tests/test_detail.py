@@ -10,10 +10,13 @@ from scipy import stats
 from torch.nn import functional as F
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, eval_transform, read_churches
 from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, block_table, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
-                                     part_scores, part_table, style_table, style_tests, styled_scores, tuned_pairs)
+                                     part_scores, part_table, sensitivity_table, style_table, style_tests, styled_scores, tuned_pairs)
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
-from ssl_wikichurches.stats.seeds import moderation
+from ssl_wikichurches.stats.seeds import moderation, seed_variance, shift_grid
+from ssl_wikichurches.stats.tests import sign_flip_p
+from ssl_wikichurches.attention.scores import higher_is_better
+from ssl_wikichurches.study.blind_baselines import border_scores, border_table
 from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot
 from ssl_wikichurches.study.analysis import analyse
@@ -113,6 +116,35 @@ def test_no_joint_test_says_why(change, note):
     r = style_tests(change(made_scores(np.random.default_rng(5)))).iloc[0]
     assert note in r.note and np.isnan(r.p) and np.isnan(r.p_bh) and not r.discovery
 
+# ---- sensitivity
+
+def test_sensitivity_against_other_ways(done):
+    opened = open_study(done); t = sensitivity_table(opened).set_index(['model','tier'])
+    assert {*t.index}=={*opened.study.family} and t[t.choice=='declared'].says_the_same.all()
+    for key,g in t.groupby(level=['model','tier']):
+        rows,metrics = g.set_index('choice'),g[g.choice=='metric'].set_index('metric')
+        s = opened.scores(); s = s[(s.model==key[0])&(s.tier==key[1])]; d = shift_grid(s)
+        assert rows['shift']['declared']==pytest.approx(d.to_numpy().mean())
+        for k in d: # seeds left out one by one
+            assert rows['shift'][f'without seed {k}']==pytest.approx(d.drop(columns=k).to_numpy().mean()) and rows.over[f'without seed {k}']==('one model' if d.shape[1]==2 else 'churches and seeds')
+        a = opened.scores('auroc'); a = a[(a.model==key[0])&(a.tier==key[1])]
+        assert metrics['shift']['auroc']==pytest.approx(shift_grid(a).to_numpy().mean())
+        assert rows.p['sign flips of churches']==pytest.approx(sign_flip_p(d.mean(axis=1), 9_999).p.item())
+        inside = border_table(border_scores(opened)).set_index(['model','tier']).loc[key]
+        assert (rows['shift']['border suppressed'],rows.low['border suppressed'],rows.p['border suppressed'])==pytest.approx((inside.inside,inside.inside_low,inside.inside_p))
+        sure = g.p.lt(.05).where(g.p.notna(), g.low*g.high>0)
+        worse = g.metric.map(lambda m: 1 if higher_is_better(m) else -1)*np.sign(g['shift'])*sure
+        assert (g.says_the_same==(worse==worse[g.choice=='declared'].item())).all()
+
+def test_heads_and_blocks_of_the_sensitivity_table(done):
+    opened = open_study(done); t = sensitivity_table(opened).query("model=='tiny-clip'").set_index(['tier','choice'])['shift']
+    for tier in t.index.unique('tier'):
+        b,a = opened.church_cells('tiny-clip', tier); heads = [h for h in b.columns.unique('head') if h!='mean']; last = b.columns.unique('block').max()
+        assert t[tier,"mean of the heads' scores"]==pytest.approx((a[last][heads]-b[last][heads]).to_numpy().mean())
+        assert t[tier,'block -2']==pytest.approx((a[last-1]['mean']-b[last-1]['mean']).mean())
+    pooled = sensitivity_table(opened).query("model=='tiny-siglip'") # whose pooling head has one map
+    assert not pooled.choice.str.startswith('block').any()
+
 # ---- parts
 
 def test_kinds_of_a_graph():
@@ -185,7 +217,10 @@ def test_part_table_by_plain_pandas_and_scipy(done):
         m = g.groupby(['church','image'])[['before','after']].mean().groupby('church').mean()
         one = g[g.seed==0]
         assert r.n==len(m) and r.boxes==one.boxes.sum() and r.images==len(one) and r.seeds==2 and abs(r.area-one.area.median())<1e-12 and abs(r.shift-(m.after-m.before).mean())<1e-12
-        if np.ptp(m.after-m.before)>1e-12: assert abs(r.p-stats.ttest_rel(m.after, m.before).pvalue)<1e-12
+        grid = g.assign(d=g.after-g.before).groupby(['church','seed']).d.mean().unstack('seed')
+        if np.ptp(grid)>1e-12:
+            both = seed_variance(grid).iloc[2]
+            assert r.over=='churches and seeds' and abs(r.p-2*stats.t.sf(abs(both.estimate/both.se), both.df))<1e-12 and abs(r.low-both.low)<1e-12 and abs(r.high-both.high)<1e-12
         else: assert np.isnan(r.p) and r.note
     has = t.p.notna()
     np.testing.assert_allclose(t.p_bh[has], stats.false_discovery_control(t.p[has]))
@@ -299,8 +334,8 @@ def test_other_metrics_and_unknown_ones(done):
 
 def test_report_shows_the_detail(done, tmp_path):
     html = write_report(analyse(open_study(done)), tmp_path/'r.html').read_text()
-    for word in ('p_step_down','p_bh','frozen_block','rank_correlation','mixed model, Wald','at least 5 churches','pooling head'): assert word in html, word
-    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<details>')==4 and len(html)<3_000_000
+    for word in ('p_step_down','p_bh','frozen_block','rank_correlation','least squares, F','at least 5 churches','pooling head'): assert word in html, word
+    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<details>')==6 and len(html)<3_000_000
     assert '>NaN<' not in html.split('<h2>By style')[1].split('<h2>Accuracy')[0]
 
 def test_a_study_whose_churches_have_few_parts_says_so(root, monkeypatch):

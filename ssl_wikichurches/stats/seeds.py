@@ -64,9 +64,10 @@ def seed_variance(
     if not 0<level<1: raise ValueError(f"level is {level}: expected a share between 0 and 1, such as 0.95")
     x = _grid(d); n,k = x.shape
     both,sds = shift_test(x, level),[x.mean(1).std(ddof=1),x.mean(0).std(ddof=1)]
+    note = IDENTICAL if not x.any() else CONSTANT if np.ptp(x)<=1e-12 else ''
     ses = [sds[0]/n**.5, sds[1]/k**.5, float(both['se'])]
     table = pd.DataFrame(dict(source=['churches','seeds','both'], n=n, seeds=k, unit='score', estimate=x.mean(), sd=[*sds,np.nan],
-                              se=ses if x.any() else np.nan, df=[n-1, k-1, float(both['df'])], note=IDENTICAL if not x.any() else CONSTANT if np.ptp(x)<=1e-12 else ''))
+                              se=ses if x.any() else np.nan, df=[n-1, k-1, float(both['df'])], note=note))
     reach = scipy.stats.t.ppf((1+level)/2, table.df)*table.se
     return table.assign(low=table.estimate-reach, high=table.estimate+reach)
 

@@ -134,7 +134,7 @@ def _pairs(before, after):
 def paired_shift(
     before:np.ndarray, # (n,) or (n, K) scores, a row per church, a column per seed
     after:np.ndarray, # scores of the same churches and seeds, in the same order
-)->dict: # n, seeds, over (`RECIPE` or `ONE_MODEL`), before, after; shift, low, high (95 %), df, t, p (two-sided) of `shift_test`; d_z, d_av (of churches, means over seeds); note
+)->dict: # n, seeds, over (`RECIPE` or `ONE_MODEL`), before, after; shift, low, high (95 %), df, t, p of `shift_test`; d_z, d_av (means over seeds); note
     "Mean shift of paired scores with interval and test, over churches and seeds where there are several; and effect sizes."
     before,after = _pairs(before, after)
     n,k = before.shape
@@ -226,7 +226,8 @@ def in_order(
 # %% ../../nbs/05_iou_stats.ipynb #2d8f083b
 def _linear_row(group, before, after):
     assert_identical(group)
-    return dict(n=len(before), seeds=before.shape[1], over='', before=before.mean(axis=None), after=after.mean(axis=None), shift=0., low=0., high=0., note=IDENTICAL)
+    means = dict(before=before.mean(axis=None), after=after.mean(axis=None))
+    return dict(n=len(before), seeds=before.shape[1], over='', **means, shift=0., low=0., high=0., note=IDENTICAL)
 
 def _these_models(before, after):
     "What churches alone say of the models that were trained."

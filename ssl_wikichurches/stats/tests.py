@@ -107,7 +107,7 @@ def bootstrap_t_interval(
     seed:int=0,
     symmetric:bool=True, # one quantile of |t*| for both ends; False: one of t* for each
 )->pd.DataFrame: # one row: n, unit, estimate, se, low, high, level, resamples, note
-    "Studentized bootstrap interval of the mean, symmetric (Hall, 1988, JRSS B 50) or with equal tails (Hall, 1988, Annals 16); infinite where too few churches moved to say."
+    "Studentized bootstrap interval of the mean, symmetric (Hall, 1988, JRSS B) or not (Hall, 1988, Annals); infinite where too few churches moved to say."
     if not 0<level<1: raise ValueError(f"level is {level}: expected a share between 0 and 1, such as 0.95")
     if draws<99: raise ValueError(f"draws is {draws}: an interval needs at least 99")
     d = _vector(d); mean,se = d.mean(), d.std(ddof=1)/len(d)**.5

@@ -66,7 +66,8 @@ HEADLINE = (
     About('verdicts', 'What may be said of every model and tier', 'the metric', BOTH,
           'p_joint is the largest p of all tests that have to hold; p_holm and p_joint_holm are Holm over the declared family',
           'verdict: '+'; '.join(f'{k}: {v}' for k,v in VERDICTS.items())+'. detectable: the shift that would have been shown four times in five.'),
-    About('tier_contrasts', 'Shift of a tier minus shift of another', 'the metric', BOTH, 'p_holm is Holm over all rows', 'Paired by church, and by the seeds that both have.'),
+    About('tier_contrasts', 'Shift of a tier minus shift of another', 'the metric', BOTH, 'p_holm is Holm over all rows',
+          'Paired by church, and by the seeds that both have.'),
     About('controls', 'Shifts of trainings with one thing changed', 'the metric', BOTH, 'none: nothing is claimed of them',
           'The change is labels that say nothing, another question (its classes; accuracy is that of its answers), or a network that was not pretrained, whose shift '
           'counts from its own start, near chance, and which is a full training whatever it controls. Controls are in no other table.'),
@@ -77,7 +78,8 @@ HEADLINE = (
 T = 't over churches, 95 %'
 
 BESIDE = (
-    About('sensitivity', 'Does the sentence survive another choice', 'the metric that the row names', 'as the row says', 'p of the row, uncorrected: these are no further hypotheses',
+    About('sensitivity', 'Does the sentence survive another choice', 'the metric that the row names', 'as the row says',
+          'p of the row, uncorrected: these are no further hypotheses',
           'choice: what differs from the declared analysis. survives: same direction as declared, and p below alpha.'),
     About('robustness', 'The shift by every metric', 'each metric; gain is d_z, turned so that more is better', BOTH, BH,
           'The family of the headline is the table of shifts. Metrics of ranking ask where, those of mass and distance feel how sharp a map is, too.'),
@@ -128,7 +130,8 @@ COST = (
           'cka: how alike the features of these images are to the frozen model\'s (1: up to rotation and scale, they are the same). knn: balanced accuracy of nearest '
           'neighbors on a task that no training asked for (has a drawn church two towers, or none?); knn_change: against the frozen model; '
           'change_se: standard error of the change in one run, paired over the task\'s photographs.'),
-    About('faithfulness', 'Does a tuned model use what the experts boxed more than before', 'drop of the output when boxes are filled, minus that of matched boxes', T,
+    About('faithfulness', 'Does a tuned model use what the experts boxed more than before', 'drop of the output when boxes are filled, '
+          'minus that of matched boxes', T,
           'paired t-test, uncorrected; each run by itself', 'before: the linear probe of the same seed. A row is about one model.'),
     About('costs', 'What the runs cost', 'seconds of a whole run, averaged over seeds', '', '', 'Runs may have shared the machine with others.'))
 ABOUT = {a.name:a for a in (*HEADLINE, *BESIDE, *DETAIL, *HEADS, *COST)}
@@ -148,7 +151,8 @@ def _divided(opened, metric, pairs):
     styled,names = styled_scores(opened, metric),opened.churches.class_names
     grids = pd.concat([head_grid(opened, r.model, r.tier, metric) for r in pairs.itertuples()])
     return dict(styles=style_table(styled, names), style_tests=style_tests(styled), parts=part_table(part_scores(opened), LEAST),
-                blocks=block_table(opened, metric), best_blocks=best_block_table(opened, metric), head_grid=grids, heads=head_table(grids), best_heads=best_heads(opened, metric))
+                blocks=block_table(opened, metric), best_blocks=best_block_table(opened, metric),
+                head_grid=grids, heads=head_table(grids), best_heads=best_heads(opened, metric))
 
 def _baselines(opened, metric):
     "Without the untrained architectures, whose weights would have to be drawn anew; none where there are too few churches."
@@ -188,7 +192,8 @@ def _photographs(opened, metric):
     view = boxes_in_view(opened.churches, seen.size, opened.study.geometry)
     counts = opened.labels.reindex([*seen.names]).value_counts(normalize=True)
     return dict(n_images=len(seen.names), n_churches=len({*seen.groups}), boxes=int(view['boxes']), in_view=int(view['in_view']),
-                chance=levels.chance.mean(), ceiling=levels.ceiling.mean(), majority=float(counts.max()), n_classes=len(opened.churches.class_names), sizes={m:opened.photographs(m).size for m in opened.frozen})
+                chance=levels.chance.mean(), ceiling=levels.ceiling.mean(), majority=float(counts.max()),
+                n_classes=len(opened.churches.class_names), sizes={m:opened.photographs(m).size for m in opened.frozen})
 
 def study_facts(
     opened:OpenStudy,
@@ -200,7 +205,8 @@ def study_facts(
     first = runs.iloc[0]
     recipes = {r.tier:r.recipe for r in runs[runs.tier!=FROZEN].itertuples()}
     split = {p:int(first[f'n_{p}']) for p in ('train','val','eval','test') if first.get(f'n_{p}')}
-    return dict(study=asdict(opened.study), metric=metric, missing=[*opened.missing], analysis=opened.declared, split=split, recipes=recipes, **_photographs(opened, metric),
+    return dict(study=asdict(opened.study), metric=metric, missing=[*opened.missing], analysis=opened.declared, split=split, recipes=recipes,
+                **_photographs(opened, metric),
                 copies=[f'{r.image} (of {r.copy_of})' for r in copies.itertuples()], problems=[f'{r.image}: {r.problem}' for r in problems.itertuples()],
                 versions=_distinct(runs.versions), processors=_distinct(runs.processor))
 

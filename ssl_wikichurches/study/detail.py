@@ -46,7 +46,8 @@ def _shift_of(scores):
     before,after = (means[c].unstack('seed') for c in ('before','after'))
     facts = dict(images=scores.image.nunique())
     if len(before)>=3: return paired_shift(before, after)|facts
-    return dict(n=len(before), seeds=before.shape[1], before=before.mean(axis=None), after=after.mean(axis=None), shift=(after-before).mean(axis=None), note=FEW)|facts
+    means = dict(before=before.mean(axis=None), after=after.mean(axis=None), shift=(after-before).mean(axis=None))
+    return dict(n=len(before), seeds=before.shape[1], **means, note=FEW)|facts
 
 def style_table(
     scores:pd.DataFrame, # of `styled_scores`
@@ -324,7 +325,9 @@ def _other_scores(opened, metric, inside):
 def _other_tests(scores):
     "Rows of one model and tier under other tests of the same shifts."
     (before,after), = score_grids(scores).values()
-    d,fields = after-before,lambda row, how: dict(choice=how, n=len(after), seeds=after.shape[1], over='', shift=row.estimate, low=row.get('low'), high=row.get('high'), p=row.get('p'))
+    d = after-before
+    about = dict(n=d.shape[0], seeds=d.shape[1], over='')
+    fields = lambda row, how: about|dict(choice=how, shift=row.estimate, **{k:row.get(k) for k in ('low','high','p')})
     mean = d.mean(axis=1).to_numpy()
     yield fields(sign_flip_p(mean, 9_999).iloc[0], 'sign flips of churches')
     yield fields(bootstrap_t_interval(mean).iloc[0], 'bootstrap t over churches')
@@ -346,7 +349,8 @@ def sensitivity_table(
     tested = lambda scores: uncorrected_shifts(scores[[k in family for k in zip(scores.model, scores.tier)]]) if len(scores) else pd.DataFrame()
     scores = opened.scores(d.metric)
     scores = scores[[k in family for k in zip(scores.model, scores.tier)]]
-    if scores.empty: return pd.DataFrame(columns=['model','tier','choice','metric','n','seeds','over','shift','low','high','p','says_the_same'])
+    columns = ['model','tier','choice','metric','n','seeds','over','shift','low','high','p','says_the_same']
+    if scores.empty: return pd.DataFrame(columns=columns)
     inside = border_scores(opened, d.metric) if inside is None else inside
     parts = [tested(scores).assign(choice='declared', metric=d.metric)]
     parts += [tested(opened.scores(m)).assign(choice='metric', metric=m) for m in dict.fromkeys((d.layout_free, *(d.companions or COMPANIONS))) if m!=d.metric]
@@ -360,7 +364,7 @@ def sensitivity_table(
     table['says_the_same'] = [s==declared[m,t] for m,t,s in zip(table.model, table.tier, table.said)]
     order = {k:i for i,k in enumerate(declared.index)}
     table = table.assign(place=[order[k] for k in zip(table.model, table.tier)]).sort_values('place', kind='stable', ignore_index=True)
-    return table[['model','tier','choice','metric','n','seeds','over','shift','low','high','p','says_the_same']]
+    return table[columns]
 
 # %% ../../nbs/06i_detail.ipynb #4f333e7d
 def _by_shift(scores): return (scores.after-scores.before).groupby(scores.image).mean().sort_values(kind='stable')

@@ -29,7 +29,8 @@ class Declaration:
     def __post_init__(self):
         if not 0<self.alpha<.5: raise ValueError(f"alpha is {self.alpha}: expected a level between 0 and 0.5, such as 0.05")
         if not self.margin>0: raise ValueError(f"margin is {self.margin}: expected the smallest shift of {self.metric} that would matter, above 0")
-        if self.metric==self.layout_free: raise ValueError(f"metric and layout_free are both {self.metric!r}: expected another metric that layout alone does not move")
+        if self.metric==self.layout_free:
+            raise ValueError(f"metric and layout_free are both {self.metric!r}: expected another metric that layout alone does not move")
 
 # %% ../../nbs/06a_plan.ipynb #80ff08d6
 @dataclass(frozen=True)
@@ -132,11 +133,14 @@ def _check_analysis(study):
     known = {f.name:type(getattr(Declaration, f.name)) for f in fields(Declaration)}
     if unknown := sorted({*study.analysis}-{*known}): raise ValueError(f"analysis: unknown field {unknown[0]!r}; known are {', '.join(known)}")
     for k,v in study.analysis.items():
-        if not isinstance(v, (int,float) if known[k] is float else known[k]): raise ValueError(f"analysis: {k} must be {known[k].__name__.replace('tuple','a list')}, got {v!r}")
+        if not isinstance(v, (int,float) if known[k] is float else known[k]):
+            raise ValueError(f"analysis: {k} must be {known[k].__name__.replace('tuple','a list')}, got {v!r}")
     declared = study.declaration
     for what,names,there in (('model',declared.models,study.sources), ('tier',declared.tiers,study.tiers)):
         if lost := [n for n in names if n not in there]: raise ValueError(f"analysis: {what} {lost[0]!r} is none of the study's: {', '.join(there)}")
-    if odd := [t for t in declared.tiers if not _in_headline(t)]: raise ValueError(f"analysis: {odd[0]} cannot be in the family: linear does not move, controls are claimed nothing of, and tiers that use boxes are reported apart")
+    if odd := [t for t in declared.tiers if not _in_headline(t)]:
+        raise ValueError(f"analysis: {odd[0]} cannot be in the family: linear does not move, nothing is claimed of controls, and tiers that use boxes "
+                         "are reported apart")
     if {*study.analysis}&{'metric','layout_free','companions'}: _check_metrics(declared) # names of metrics are known to the module that computes them
 
 # %% ../../nbs/06a_plan.ipynb #06a00012

@@ -94,7 +94,7 @@ def study_table(
     metric:str=PRIMARY,
     block:int=-1, # block of the backbone; -1: the last
     head:str='mean', # 'mean' over heads, or the number of one
-)->pd.DataFrame: # per model and tier: metric; columns of `shift_table`; intervals of d_z and d_av; p_none (two one-sided tests against the declared margin, for the declared metric); those of `accuracy_table`; cka, knn, knn_change
+)->pd.DataFrame: # per model and tier: columns of `shift_table`; metric; p_none (of the declared margin); intervals of d_z, d_av; accuracies; cka, knn, knn_change
     "The result of a study."
     table,declared = plain_shifts(opened, metric, block, head),opened.study.declaration
     table.insert(2, 'metric', metric)
@@ -135,7 +135,8 @@ def cost_table(
     runs = opened.of_kind('all').query('tier!=@FROZEN')
     if runs.empty: return pd.DataFrame(columns=['model','tier','trained_weights','epochs','seconds','seeds','processor'])
     groups = runs.groupby(['model','tier'], sort=False)
-    said = dict(trained_weights=('n_trainable','first'), epochs=('epochs','mean'), seconds=('seconds','mean'), seeds=('seed','nunique'), processor=('processor','first'))
+    said = dict(trained_weights=('n_trainable','first'), epochs=('epochs','mean'), seconds=('seconds','mean'),
+                seeds=('seed','nunique'), processor=('processor','first'))
     return groups.agg(**said).reset_index().astype(dict(trained_weights=int))
 
 # %% ../../nbs/06e_tables.ipynb #1f560197
