@@ -322,3 +322,9 @@ def test_real_photographs(real):
     assert other_questions(data).v.to_dict()=={'light':pytest.approx(0, abs=.1)}
     table = pd.crosstab(data.labels[train], asked.labels[train], normalize='index') # light says little about style
     assert (table-table.mean()).abs().max().max()<.2
+
+def test_a_control_with_one_seed_in_common_is_no_evidence_over_seeds(root):
+    planted(root, 'full', 3.)
+    for f in root.glob('tiny-clip-other_task-seed1/run.json'): f.unlink()
+    row = verdict_of(root)
+    assert row.verdict=='no more than any training' and row.not_beyond=='other_task' and row.p_joint==1

@@ -70,7 +70,7 @@ VERDICTS = {
     'towards':'the declared and the layout-free metric both gain, more than under every control that was run',
     'away':'both lose, more than under every control that was run',
     'layout only':'the declared metric moves; the layout-free one is not shown to',
-    'no more than any training':'both move; the shift is not shown to exceed that of some control',
+    'no more than any training':'both move; the shift is not shown to exceed that of every control that was run',
     'no control':'both move; no control was run, so nothing is said of why',
     'equivalent to none':'the shift lies inside the declared margin (two one-sided tests)',
     'not shown':'none of this: neither a shift nor its absence was shown',
@@ -93,14 +93,13 @@ def verdict(
     if not r.p_holm<alpha: return 'equivalent to none' if r.p_none<alpha else 'not shown'
     if r.p_joint_holm<alpha: return 'towards' if r.gain>0 else 'away'
     if not (r.layout_p<alpha and r.layout_gain*r.gain>0): return 'layout only'
-    if not r.beyond+r.not_beyond: return 'no control'
-    return 'no more than any training' if r.not_beyond else 'not shown'
+    return 'no more than any training' if r.beyond+r.not_beyond else 'no control'
 
 # %% ../../nbs/06f_specificity.ipynb #55c81693
 def _evidence(r, contrasts, signs):
     "Fields of one row of `verdict_table` from the comparisons with its controls, a row for each control and metric."
     gain = r.gain
-    pairs = [((d.difference*signs[d.metric]),d.p) for d in contrasts.itertuples()]
+    pairs = [(d.difference*signs[d.metric], d.p if d.seeds>=min(2, r.seeds) else np.nan) for d in contrasts.itertuples()] # one seed in common is one model
     known = [*dict.fromkeys(contrasts.minus)]
     sure = lambda c, alpha: joint_p(gain, [pair for pair,m in zip(pairs, contrasts.minus) if m==c])<alpha
     own = [(gain,r.p),(r.layout_gain,r.layout_p)]
@@ -154,11 +153,11 @@ _SENTENCES = {
     'towards':'{who} moved attention towards the boxed parts: {primary}, {holm}, and {layout}, more than under {beyond}.',
     'away':'{who} moved attention away from the boxed parts: {primary}, {holm}, and {layout}, more than under {beyond}.',
     'layout only':'{who} changed {metric} by {primary_only}, {holm}; {layout} does not show it: a change of layout, which says nothing of the boxed parts.',
-    'no more than any training':'{who} changed {metric} by {primary_only}, {holm}, and {layout}; that this is more than under {not_beyond} was not shown.',
+    'no more than any training':'{who} changed {metric} by {primary_only}, {holm}, and {layout}; that this is more than under {others} was not shown.',
     'no control':'{who} changed {metric} by {primary_only}, {holm}, and {layout}; no control was run, so the reason is open.',
     'equivalent to none':'{who} left attention where it was, within the margin of {margin:g}: {primary}, {none}.',
     'not shown':'{who} was not shown to move attention: {primary}, {holm}. A shift of {detectable:.4f} would have been shown four times in five.',
-    'one model':'The one model that {who} gave: {primary} over churches. Of other seeds nothing is known.',
+    'one model':'The one model that {who} gave: {primary}. Of other seeds nothing is known.',
     'exploratory':'Exploratory, outside of the declared family: {who}, {primary}.'}
 
 def verdict_sentence(
@@ -171,7 +170,8 @@ def verdict_sentence(
     layout = f'{r.layout_metric} {_numbers(r.layout_shift, r.layout_low, r.layout_high)}, {_p(r.layout_p)}'
     numbers = dict(primary=f'{r.metric} {change} {about}', primary_only=f'{change} {about}', layout=layout, margin=margin, detectable=r.detectable)
     tests = dict(holm=f'{_p(r.p_holm)} after Holm', none=f'{_p(r.p_none)} of two one-sided tests')
-    return _SENTENCES[r.verdict].format(who=f'{r.tier} of {r.model}', metric=r.metric, beyond=r.beyond, not_beyond=r.not_beyond, **numbers, **tests)
+    return _SENTENCES[r.verdict].format(who=f'{r.tier} of {r.model}', metric=r.metric, beyond=r.beyond,
+                                         others=r.not_beyond or 'all of its controls together', **numbers, **tests)
 
 # %% ../../nbs/06f_specificity.ipynb #53edbeeb
 NOT_PRINTED = ['metric','t','df','p','p_none','models_p','bca_low','bca_high','d_z_low','d_z_high','d_av','d_av_low','d_av_high'] # they stand in the file of the table
