@@ -71,8 +71,9 @@ HEADLINE = (
     About('controls', 'Shifts of trainings with one thing changed', 'the metric', BOTH, 'none: nothing is claimed of them',
           'The change is labels that say nothing, another question (its classes; accuracy is that of its answers), or a network that was not pretrained, whose shift '
           'counts from its own start, near chance, and which is a full training whatever it controls. Controls are in no other table.'),
-    About('control_contrasts', 'Shift of a tier minus that of its control', 'the metric', BOTH, 'uncorrected: all have to hold',
-          'Paired by church, and by the seeds that both have. of: what the control trains as, where it is not the tier itself.'))
+    About('control_contrasts', 'Shift of a tier minus that of its control', 'the metric that the row names', BOTH, 'uncorrected: all have to hold',
+          'Paired by church, and by the seeds that both have, for the metric and for the one that layout alone does not move, on which a network that starts near chance '
+          'has the same room. of: what the control trains as, where it is not the tier itself.'))
 
 # %% ../../nbs/06k_analysis.ipynb #4667cabc
 T = 't over churches, 95 %'
@@ -143,8 +144,9 @@ def _headline(opened, metric):
     if opened.scores(metric).empty: return {}
     verdicts,margin = verdict_table(opened),opened.study.declaration.margin
     verdicts = verdicts.assign(sentence=[verdict_sentence(r, margin) for r in verdicts.itertuples()])
+    contrasts = [control_contrasts(opened, m).assign(metric=m) for m in dict.fromkeys((metric, opened.study.declaration.layout_free))]
     return dict(shift=study_table(opened, metric), verdicts=verdicts, tier_contrasts=tier_contrasts(opened, metric), controls=control_table(opened, metric),
-                control_contrasts=control_contrasts(opened, metric))
+                control_contrasts=pd.concat(contrasts, ignore_index=True))
 
 def _divided(opened, metric, pairs):
     "By style, part, block and head."

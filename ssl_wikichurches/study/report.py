@@ -146,7 +146,7 @@ def _tables(a):
     return dict(html=html, stars=stars, accuracy=accuracy)
 
 # %% ../../nbs/06l_report.ipynb #0c48781e
-BEYOND = ['model','tier','minus','of','over','shift','control_shift','difference','low','high','p'] # what is printed of `control_contrasts`
+BEYOND = ['model','tier','minus','of','metric','over','shift','control_shift','difference','low','high','p'] # what is printed of `control_contrasts`
 CONTRASTS = ['model','tier','minus','over','difference','low','high','p_holm'] # of `tier_contrasts`
 SUPERVISED = ['model','tier','boxes','weight','n','folds','shift','low','high','p_holm','in_fold',
               'accuracy','accuracy_change'] # what is printed of `supervised_table`
