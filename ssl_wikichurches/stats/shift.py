@@ -9,7 +9,7 @@ __all__ = ['IDENTICAL', 'CONSTANT', 'ONE_MODEL', 'RECIPE', 'BLOCK', 'COLUMNS', '
            'pair_scores', 'readable_table']
 
 # %% ../../nbs/05_iou_stats.ipynb #121743a2
-import os
+import gc, os
 import numpy as np, pandas as pd, scipy
 from functools import lru_cache
 from ..finetune.tiers import LINEAR
@@ -208,7 +208,10 @@ def holm(
     "Holm's correction over the family of those that have a p."
     from statsmodels.stats.multitest import multipletests
     family,out = p.notna(),pd.Series(np.nan, p.index)
-    if family.any(): out[family] = multipletests(p[family].astype(float), method='holm')[1]
+    gc.freeze() # `multipletests` collects garbage each time, which takes longer than a whole table where much is in memory
+    try:
+        if family.any(): out[family] = multipletests(p[family].astype(float), method='holm')[1]
+    finally: gc.unfreeze()
     return out
 
 # %% ../../nbs/05_iou_stats.ipynb #423046b4

@@ -311,10 +311,12 @@ def values(self:OpenStudy,
     return pd.Series(found[there], pd.Index([*cells.images], name='image')[there], name=column)
 
 # %% ../../nbs/06c_reader.ipynb #aaf76264
-def _beside(opened, run, before, after):
-    "One run's scores before and after, with the names of the run."
-    d = pd.DataFrame(dict(before=before, after=after)).rename_axis('image').reset_index()
-    return d.assign(model=run.model, tier=run.tier, seed=run.seed, church=opened.groups(d.image))
+def _aligned(before, after):
+    "Names of images, and scores before and after; nan where one is missing."
+    if before.index is not after.index:
+        both = pd.DataFrame(dict(before=before, after=after))
+        before,after = both.before,both.after
+    return before.index.to_numpy(),before.to_numpy(),after.to_numpy()
 
 def beside_frozen(
     opened:OpenStudy,
@@ -323,12 +325,16 @@ def beside_frozen(
     start=lambda run: None, # the same, of the network that a run started from; None: its model's frozen run
 )->pd.DataFrame: # model, tier, seed, image, church, before, after
     "Any score of every fine-tuned run of a kind beside that of its start."
-    columns,parts = ['model','tier','seed','image','church','before','after'],[]
+    columns,found = ['model','tier','seed','image','church','before','after'],[]
     frozen = {r.model:score(r) for r in opened.of_kind().itertuples() if r.tier==FROZEN}
     for r in opened.of_kind(kind).itertuples():
         if r.tier==FROZEN or ((before := start(r)) is None and (before := frozen.get(r.model)) is None): continue
-        parts.append(_beside(opened, r, before, score(r)))
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+        found.append(((r.model,r.tier,r.seed), *_aligned(before, score(r))))
+    if not found: return pd.DataFrame(columns=columns)
+    runs,*parts = zip(*found) # arrays of all runs are joined at once: a frame for each run would take longer than all that is computed of it
+    image,before,after = map(np.concatenate, parts)
+    about = {c:np.repeat(v, [len(p) for p in parts[0]]) for c,v in zip(columns, zip(*runs))}
+    return pd.DataFrame(about|dict(image=image, church=opened.groups(image), before=before, after=after))
 
 # %% ../../nbs/06c_reader.ipynb #d84bfdb0
 @patch

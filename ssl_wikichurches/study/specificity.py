@@ -131,14 +131,14 @@ def verdict_table(
     opened:OpenStudy,
 )->pd.DataFrame: # `VERDICT_COLUMNS`: layout_ is of the layout-free metric; beyond, not_beyond, missing name controls; linear is left out
     "One word for every model and tier, by the analysis that the study declared."
-    d = opened.study.declaration
+    d,family = opened.study.declaration,{*opened.study.family}
     if opened.scores(d.metric).empty: return pd.DataFrame(columns=VERDICT_COLUMNS)
     signs = {m:1 if higher_is_better(m) else -1 for m in (d.metric,d.layout_free)}
     table,layout = (plain_shifts(opened, m).query('tier!=@LINEAR').reset_index(drop=True) for m in signs)
     layout = layout[['model','tier','shift','low','high','p']].rename(columns={c:f'layout_{c}' for c in ('shift','low','high','p')})
     table = table.merge(layout, on=['model','tier'], how='left', validate='one_to_one').assign(metric=d.metric, layout_metric=d.layout_free)
     table = table.assign(gain=table['shift']*signs[d.metric], layout_gain=table.layout_shift*signs[d.layout_free],
-                         declared=[k in {*opened.study.family} for k in zip(table.model, table.tier)])
+                         declared=[k in family for k in zip(table.model, table.tier)])
     contrasts = pd.concat([control_contrasts(opened, m).assign(metric=m) for m in signs])
     table = _verdict_rows(table, contrasts, signs, d)
     table = table.assign(p_joint_holm=holm(table.p_joint.where(table.declared)), p_none=equivalence_column(table, d.margin),

@@ -96,7 +96,9 @@ def study_table(
     head:str='mean', # 'mean' over heads, or the number of one
 )->pd.DataFrame: # per model and tier: columns of `shift_table`; metric; p_none (of the declared margin); intervals of d_z, d_av; accuracies; cka, knn, knn_change
     "The result of a study."
-    table,declared = plain_shifts(opened, metric, block, head),opened.study.declaration
+    declared = opened.study.declaration
+    opened.read_means([metric,declared.layout_free]) # both at once: a verdict will ask for the second
+    table = plain_shifts(opened, metric, block, head)
     table.insert(2, 'metric', metric)
     none = equivalence_column(table, declared.margin) if metric==declared.metric else np.nan
     table.insert(table.columns.get_loc('p_holm')+1, 'p_none', none)
@@ -124,8 +126,8 @@ def tier_contrasts(
     metric:str=PRIMARY,
 )->pd.DataFrame: # as `contrasts` gives, of the models and tiers in the declared family; may be empty
     "Shift of a tier minus shift of another, within each model."
-    scores = _plain_scores(opened, metric)
-    return contrasts(scores[[k in {*opened.study.family} for k in zip(scores.model, scores.tier)]])
+    scores,family = _plain_scores(opened, metric),{*opened.study.family}
+    return contrasts(scores[[k in family for k in zip(scores.model, scores.tier)]])
 
 # %% ../../nbs/06e_tables.ipynb #e41013a0
 def cost_table(
