@@ -107,18 +107,24 @@ def tied_to_style(
     "How closely what is learned goes with style."
     return corrected_v(_of_churches(replace(data, classes=None).labels, data), _of_churches(data.labels, data))
 
+def _asked(data):
+    "question -> class by image, names of the classes; of those that can be asked."
+    found = {q:answers for q,f in QUESTIONS.items() if (answers := f(data, _names(data)))[1]}
+    if found: return found
+    raise ValueError(f"{data.churches} can ask for neither country nor light: fewer than two countries, and a quarter of the photographs "
+                     "are equally light. Leave other_task out")
+
+def _question_table(data, found):
+    style = _of_churches(data.labels, data)
+    rows = [dict(question=q, classes=', '.join(said), churches=len(style), v=corrected_v(style, _of_churches(c, data))) for q,(c,said) in found.items()]
+    table = pd.DataFrame(rows).set_index('question')
+    return table.assign(asked=table.index==table.v.fillna(1.).idxmin())
+
 def other_questions(
     data:TrainData,
 )->pd.DataFrame: # by question: classes, churches (that are trained on), v (`corrected_v` between style and answer), asked (by `other_task`)
     "What could be asked that is not style, and how closely it goes with style."
-    found,style = {q:f(data, _names(data)) for q,f in QUESTIONS.items()},_of_churches(data.labels, data)
-    rows = [dict(question=q, classes=', '.join(said), churches=len(style), v=corrected_v(style, _of_churches(c, data)))
-            for q,(c,said) in found.items() if said]
-    if not rows:
-        raise ValueError(f"{data.churches} can ask for neither country nor light: fewer than two countries, and a quarter of the photographs "
-                         "are equally light. Leave other_task out")
-    table = pd.DataFrame(rows).set_index('question')
-    return table.assign(asked=table.index==table.v.fillna(1.).idxmin())
+    return _question_table(data, _asked(data))
 
 # %% ../../nbs/04e_controls.ipynb #9fd68dd7
 def other_task(
@@ -127,13 +133,14 @@ def other_task(
     question:str='', # one of `QUESTIONS`; '': the one that is least tied to style
 )->TrainData: # whose `names` are the countries, or `LIGHT`
     "The same photographs, asked for something that is not style."
-    table = other_questions(data)
+    found = _asked(data)
+    table = _question_table(data, found)
     if question and question not in table.index: raise ValueError(f"{question!r} cannot be asked of {data.churches}: expected one of {[*table.index]}")
     chosen = table.loc[question] if question else table[table.asked].iloc[0]
     if chosen.v>TIED:
         warnings.warn(f"other_task asks for {chosen.name}, which goes with style (Cramér's V {chosen.v:.2f} over {chosen.churches} churches): "
                       "what it learns is partly style, and a shift need not be larger than its shift")
-    classes,said = QUESTIONS[chosen.name](data, _names(data))
+    classes,said = found[chosen.name]
     return replace(data, classes=classes, names=said)
 
 # %% ../../nbs/04e_controls.ipynb #2593f9e9

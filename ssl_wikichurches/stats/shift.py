@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IDENTICAL', 'CONSTANT', 'ONE_MODEL', 'RECIPE', 'BLOCK', 'COLUMNS', 'TIER_ORDER', 'mean_squares', 'shift_test',
            'equivalence_p', 'hedges_factor', 'resampled_means', 'bca_interval', 'paired_shift', 'check_scores',
-           'by_church', 'score_grids', 'assert_identical', 'holm', 'in_order', 'uncorrected_shifts', 'shift_table',
-           'pair_scores', 'readable_table']
+           'by_church', 'score_grids', 'assert_identical', 'holm', 'in_order', 'uncorrected_shifts', 'in_family',
+           'shift_table', 'pair_scores', 'readable_table']
 
 # %% ../../nbs/05_iou_stats.ipynb #121743a2
 import gc, os
@@ -249,6 +249,14 @@ def uncorrected_shifts(
     return pd.DataFrame(rows).reindex(columns=columns)
 
 # %% ../../nbs/05_iou_stats.ipynb #77a95560
+def in_family(
+    table:pd.DataFrame, # columns model, tier
+    family:list, # (model, tier) pairs; None: all
+)->np.ndarray: # of bool, by row
+    "Which rows are of a family."
+    known = None if family is None else {*family}
+    return np.array([known is None or k in known for k in zip(table.model, table.tier)], bool)
+
 def _bca_columns(scores, table, seed):
     "Ends of BCa intervals over churches, for the rows that have a test."
     tested = table.p.notna()
@@ -265,9 +273,8 @@ def shift_table(
 )->pd.DataFrame: # columns of `uncorrected_shifts`, p_holm, and bca_low, bca_high (over churches alone)
     "The shift of every model and tier; Holm over the family without the linear rows, which have no p."
     table = uncorrected_shifts(scores)
-    declared = [family is None or k in {*family} for k in zip(table.model, table.tier)]
-    table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table.p.where(declared)))
-    for k,c in enumerate(('bca_low','bca_high')): table.insert(table.columns.get_loc('models_p')+1+k, c, _bca_columns(scores, table, seed)[c])
+    table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table.p.where(in_family(table, family))))
+    for k,(c,end) in enumerate(_bca_columns(scores, table, seed).items()): table.insert(table.columns.get_loc('models_p')+1+k, c, end)
     return table
 
 # %% ../../nbs/05_iou_stats.ipynb #68d941d4

@@ -81,7 +81,7 @@ T = 't over churches, 95 %'
 BESIDE = (
     About('sensitivity', 'Does the sentence survive another choice', 'the metric that the row names', 'as the row says',
           'p of the row, uncorrected: these are no further hypotheses',
-          'choice: what differs from the declared analysis. survives: same direction as declared, and p below alpha.'),
+          'choice: what differs from the declared analysis. says_the_same: significant where the declared row is, in the same direction, and not where that is not.'),
     About('robustness', 'The shift by every metric', 'each metric; gain is d_z, turned so that more is better', BOTH, BH,
           'The family of the headline is the table of shifts. Metrics of ranking ask where, those of mass and distance feel how sharp a map is, too.'),
     About('baselines', 'Frozen model minus baseline, church by church', 'the metric', T,
@@ -172,9 +172,10 @@ def study_frames(
     frames,why,pairs = dict(frozen=frozen_table(opened, metric).reset_index()),{},tuned_pairs(opened)
     frames |= _headline(opened, metric)
     if len(pairs):
-        inside = border_scores(opened, metric)
-        frames |= dict(robustness=robustness_table(opened, opened.study.declaration.companions or COMPANIONS), border=border_table(inside),
-                       sensitivity=sensitivity_table(opened, inside=inside))
+        declared,inside = opened.study.declaration,border_scores(opened, metric)
+        robust = robustness_table(opened, declared.companions or COMPANIONS)
+        sensitive = sensitivity_table(opened, robust, inside if metric==declared.metric else None) # which is of the declared metric
+        frames |= dict(robustness=robust, border=border_table(inside), sensitivity=sensitive)
         frames |= _divided(opened, metric, pairs)
     else: why['detail'] = 'No complete run but linear probes: their shift is zero by construction, so there is nothing to divide.'
     try: frames['baselines'] = _baselines(opened, metric)

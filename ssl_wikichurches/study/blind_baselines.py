@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'IDENTICAL_MAPS', 'top_pixels', 'score_like', 'baseline_scores', 'compare_baselines', 'baseline_table',
-           'baseline_plot', 'border_scores', 'border_table']
+           'baseline_plot', 'border_scores', 'border_table', 'frozen_artifacts', 'masked_scores']
 
 # %% ../../nbs/06h_blind_baselines.ipynb #390e085d
 import numpy as np, pandas as pd, torch
@@ -12,14 +12,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from scipy import stats
-from ..attention.capture import pooled_maps
+from ..attention.capture import mask_patches, pooled_maps
 from ..backbones.encoders import load_backbone
 from ..attention.baselines import baseline_maps, other_maps, random_maps, suppress_border
 from ..finetune.controls import randomly_initialized
 from ..stats.shift import CONSTANT, holm, paired_shift
 from ..attention.metrics import PRIMARY, n_kept, upsample
 from ..attention.plots import model_color
-from .reader import OpenStudy, Photographs
+from .reader import OpenStudy, Photographs, beside_frozen
 from ..attention.scores import score_maps
 from ..finetune.tiers import FROZEN, LINEAR
 
@@ -220,3 +220,22 @@ def border_table(
     t = pd.DataFrame(rows)
     for name in ('beyond','inside'): t.insert(t.columns.get_loc(f'{name}_p')+1, f'{name}_holm', holm(t[f'{name}_p']))
     return t
+
+# %% ../../nbs/06h_blind_baselines.ipynb #db03e8e7
+def frozen_artifacts(
+    opened:OpenStudy,
+)->dict: # model -> (n, g, g) bool, of the images of `photographs`
+    "The patches that are artifacts in each frozen model; read once."
+    return opened.keep('artifacts', lambda: {model:opened.maps(name).artifacts.clone() for model,name in opened.frozen.items()}) # without the file it came from
+
+def masked_scores(
+    opened:OpenStudy,
+    metric:str=PRIMARY, # any metric
+)->pd.DataFrame: # as `OpenStudy.scores` gives, of the last block, mean over heads
+    "Scores without the patches that are artifacts in the frozen model; those of a model without artifacts are the stored ones."
+    artifacts = frozen_artifacts(opened)
+    def score(r):
+        if not artifacts[r.model].any(): return opened.values(r.name, metric)
+        maps = mask_patches(opened.mean_maps(r.name)[:,None,None], artifacts[r.model])[:,0,0]
+        return score_like(opened.photographs(r.model), dict(masked=maps), metric).set_index('image').value
+    return beside_frozen(opened, score)

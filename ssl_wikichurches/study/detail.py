@@ -8,6 +8,7 @@ __all__ = ['FEW', 'styled_scores', 'style_table', 'style_tests', 'part_kinds', '
            'example_images', 'extreme_images', 'Example', 'examples', 'draw_examples', 'gallery']
 
 # %% ../../nbs/06i_detail.ipynb #9f52ec2a
+from functools import cache
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
@@ -16,14 +17,14 @@ from statsmodels.formula.api import ols
 from ..data.churches import STYLES, ChurchDataset, Churches, box_mask, eval_transform
 from ..stats.families import benjamini_hochberg, max_t, split_half_heads
 from ..stats.seeds import crossed_bootstrap, moderation
-from ..stats.shift import by_church, in_order, paired_shift, score_grids, uncorrected_shifts
+from ..stats.shift import by_church, in_family, in_order, paired_shift, score_grids, uncorrected_shifts
 from ..stats.tests import bootstrap_t_interval, sign_flip_p
-from ..attention.capture import mask_patches
 from ..attention.scores import COMPANIONS, higher_is_better
 from ..attention.metrics import PRIMARY, coverage, n_kept, shares, upsample
 from ..attention.plots import before_after_strip
-from .blind_baselines import border_scores, score_like, top_pixels
+from .blind_baselines import border_scores, frozen_artifacts, masked_scores, top_pixels
 from .reader import OpenStudy, beside_frozen
+from .tables import plain_shifts, robustness_table
 from ..finetune.tiers import FROZEN, LINEAR
 
 # %% ../../nbs/06i_detail.ipynb #ec7c6b48
@@ -288,37 +289,32 @@ def best_heads(
     return pd.DataFrame(rows, columns=['model','tier','of','n','heads','unit','block','head','naive','chosen','other','divisions','note'])
 
 # %% ../../nbs/06i_detail.ipynb #12d884fd
-def _by_cells(opened, metric, fuse):
-    "Shifts of a score of the heads of the last block; models with one map have none."
-    def score(r):
-        cells = opened.cells(r.name, metric)
-        heads = [k for k,h in enumerate(cells.heads) if h!='mean']
-        if len(heads)<2: return None
-        return pd.Series(fuse(cells.value[:,-1,heads]), pd.Index(cells.images, name='image')).dropna()
-    return beside_frozen(opened, score)
+def _last_heads(opened, run, metric):
+    "Index of images, and mean and largest of the scores of the heads of the last block (2, n); None for a model with one map."
+    cells = opened.cells(run, metric)
+    values = cells.value[:,-1,[k for k,h in enumerate(cells.heads) if h!='mean']]
+    return (opened.index(cells.images),np.stack([values.mean(1),values.max(1)])) if values.shape[1]>1 else None
+
+def _by_heads(opened, metric):
+    "Scores made of those of the heads: their mean, and the best head of each photograph; a run is read once."
+    read = cache(lambda run: _last_heads(opened, run, metric))
+    def score(r, k): return None if (found := read(r.name)) is None else pd.Series(found[1][k], found[0]).dropna()
+    return (beside_frozen(opened, lambda r: score(r, k)) for k in (0,1))
 
 def _by_block(opened, metric, block):
     "Scores of an earlier block; models with fewer have none."
     deep = lambda r: len(opened.read_means([metric])[r.name,metric].blocks)>=-block
     return beside_frozen(opened, lambda r: opened.values(r.name, metric, block) if deep(r) else None)
 
-def _masked(opened, metric):
-    "Scores without the patches that are artifacts in the frozen model; models without artifacts have none."
-    artifacts = {model:opened.maps(name).artifacts for model,name in opened.frozen.items()}
-    def score(r):
-        if not artifacts[r.model].any(): return None
-        maps = mask_patches(opened.mean_maps(r.name)[:,None,None], artifacts[r.model])[:,0,0]
-        return score_like(opened.photographs(r.model), dict(masked=maps), metric).set_index('image').value
-    return beside_frozen(opened, score)
-
 # %% ../../nbs/06i_detail.ipynb #4e36cfff
 def _other_scores(opened, metric, inside):
     "choice -> scores under it, of the same metric."
     yield 'border suppressed',inside.rename(columns=dict(frozen_inside='before', tuned_inside='after'))
-    yield 'artifacts masked',_masked(opened, metric)
+    if models := [m for m,a in frozen_artifacts(opened).items() if a.any()]:
+        masked = masked_scores(opened, metric)
+        yield 'artifacts masked',masked[masked.model.isin(models)]
     for b in (-2,-3): yield f'block {b}',_by_block(opened, metric, b)
-    yield 'mean of the heads\' scores',_by_cells(opened, metric, lambda v: v.mean(1))
-    yield 'best head of each photograph',_by_cells(opened, metric, lambda v: v.max(1))
+    yield from zip(("mean of the heads' scores",'best head of each photograph'), _by_heads(opened, metric))
     scores = opened.scores(metric)
     for s in sorted(scores.seed.unique()) if scores.seed.nunique()>1 else (): yield f'without seed {s}',scores[scores.seed!=s]
 
@@ -341,19 +337,22 @@ def _said(row, alpha):
 # %% ../../nbs/06i_detail.ipynb #3380e631
 def sensitivity_table(
     opened:OpenStudy,
+    robustness:pd.DataFrame=None, # of `robustness_table` for the declared companions; None: computed
     inside:pd.DataFrame=None, # of `border_scores` for the declared metric; None: computed
     others:tuple=(), # open studies of the same models and tiers in other geometries
 )->pd.DataFrame: # model, tier, choice, metric, n, seeds, over, shift, low, high, p, says_the_same; of the declared family; may be empty
     "The headline under one other choice at a time."
-    d,family = opened.study.declaration,{*opened.study.family}
-    tested = lambda scores: uncorrected_shifts(scores[[k in family for k in zip(scores.model, scores.tier)]]) if len(scores) else pd.DataFrame()
-    scores = opened.scores(d.metric)
-    scores = scores[[k in family for k in zip(scores.model, scores.tier)]]
+    d,family = opened.study.declaration,opened.study.family
+    of_family = lambda table: table[in_family(table, family)]
+    tested = lambda scores: uncorrected_shifts(kept) if len(kept := of_family(scores)) else pd.DataFrame()
+    scores = of_family(opened.scores(d.metric))
     columns = ['model','tier','choice','metric','n','seeds','over','shift','low','high','p','says_the_same']
     if scores.empty: return pd.DataFrame(columns=columns)
     inside = border_scores(opened, d.metric) if inside is None else inside
-    parts = [tested(scores).assign(choice='declared', metric=d.metric)]
-    parts += [tested(opened.scores(m)).assign(choice='metric', metric=m) for m in dict.fromkeys((d.layout_free, *(d.companions or COMPANIONS))) if m!=d.metric]
+    robustness = robustness_table(opened, d.companions or COMPANIONS) if robustness is None else robustness
+    by_metric = {d.layout_free:plain_shifts(opened, d.layout_free)}|{m:t for m,t in robustness.groupby('metric', sort=False) if m!=d.metric}
+    parts = [of_family(plain_shifts(opened, d.metric)).assign(choice='declared', metric=d.metric)]
+    parts += [of_family(t).assign(choice='metric', metric=m) for m,t in by_metric.items()]
     parts += [tested(s).assign(choice=c, metric=d.metric) for c,s in _other_scores(opened, d.metric, inside)]
     parts += [tested(o.scores(d.metric)).assign(choice=f'geometry {o.study.geometry}', metric=d.metric) for o in others]
     parts += [pd.DataFrame(_other_tests(g)).assign(model=m, tier=t, metric=d.metric) for (m,t),g in scores.groupby(['model','tier'], sort=False)]

@@ -165,6 +165,8 @@ class OpenStudy:
     def keep(self, key, make): # what was made under `key` before, or made now
         if key not in self._kept: self._kept[key] = make()
         return self._kept[key]
+    def index(self, images)->pd.Index: # of image names; one for all runs that measured the same
+        return self.keep(('index',images), lambda: pd.Index(images, name='image'))
     def groups(self, names)->list: # church of each image
         return [*map(church_id if self.church_of is None else self.church_of.__getitem__, np.asarray(names, object))] # pandas is slow to walk through text
 
@@ -307,8 +309,8 @@ def values(self:OpenStudy,
     if cells is None: raise ValueError(f"{run} has no scores for metric {metric!r} and head {head!r}")
     b,h = cells.at(run, metric, block, head)
     there,found = ~np.isnan(cells.value[:,b,h]),getattr(cells, column)[:,b,h]
-    if there.all(): return pd.Series(found, self.keep(('index',cells.images), lambda: pd.Index(cells.images, name='image')), name=column)
-    return pd.Series(found[there], pd.Index([*cells.images], name='image')[there], name=column)
+    index = self.index(cells.images)
+    return pd.Series(found, index, name=column) if there.all() else pd.Series(found[there], index[there], name=column)
 
 # %% ../../nbs/06c_reader.ipynb #aaf76264
 def _aligned(before, after):

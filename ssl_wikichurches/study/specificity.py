@@ -13,7 +13,7 @@ from ..attention.metrics import PRIMARY
 from ..attention.scores import higher_is_better
 from ..finetune.tiers import CONTROLS, LINEAR, tier_method
 from ..stats.seeds import shift_difference
-from ..stats.shift import ONE_MODEL, holm, readable_table, score_grids, uncorrected_shifts
+from ..stats.shift import ONE_MODEL, holm, in_family, readable_table, score_grids, uncorrected_shifts
 from .reader import OpenStudy
 from .tables import equivalence_column, plain_shifts
 
@@ -85,7 +85,7 @@ def joint_p(
     return max((p if v*direction>0 and np.isfinite(p) else 1. for v,p in evidence), default=1.)
 
 def verdict(
-    r, # seeds; gain, p_holm, layout_gain, layout_p (gains: more is better); beyond, not_beyond (numbers of controls); p_joint_holm; p_none
+    r, # seeds; gain, p_holm, layout_gain, layout_p (gains: more is better); beyond, not_beyond (controls, or how many); p_joint_holm; p_none
     alpha:float=.05,
 )->str: # one of `VERDICTS`
     "The word for one model and tier of the declared family."
@@ -96,28 +96,15 @@ def verdict(
     return 'no more than any training' if r.beyond+r.not_beyond else 'no control'
 
 # %% ../../nbs/06f_specificity.ipynb #55c81693
-def _evidence(r, contrasts, signs):
-    "Fields of one row of `verdict_table` from the comparisons with its controls, a row for each control and metric."
-    gain = r.gain
-    pairs = [(d.difference*signs[d.metric], d.p if d.seeds>=min(2, r.seeds) else np.nan) for d in contrasts.itertuples()] # one seed in common is one model
-    known = [*dict.fromkeys(contrasts.minus)]
-    sure = lambda c, alpha: joint_p(gain, [pair for pair,m in zip(pairs, contrasts.minus) if m==c])<alpha
-    own = [(gain,r.p),(r.layout_gain,r.layout_p)]
-    missing = [c for c in CONTROLS if c not in {tier_method(k).control for k in known}]
-    return known,sure,missing,joint_p(gain, [*own, *pairs]) if known else 1.
-
-def _verdict_rows(table, contrasts, signs, declared):
-    rows = []
-    for r in table.itertuples():
-        known,sure,missing,p = _evidence(r, contrasts[(contrasts.model==r.model)&(contrasts.tier==r.tier)], signs)
-        beyond = [c for c in known if sure(c, declared.alpha)]
-        rows.append(dict(beyond=', '.join(beyond), not_beyond=', '.join(c for c in known if c not in beyond), missing=', '.join(missing), p_joint=p))
-    return table.join(pd.DataFrame(rows, table.index, columns=['beyond','not_beyond','missing','p_joint']))
-
-def _words(table, alpha):
-    count = lambda c: table[c].map(lambda s: len(s.split(', ')) if s else 0)
-    asked = table.assign(beyond=count('beyond'), not_beyond=count('not_beyond'))
-    return [verdict(r, alpha) if d else 'exploratory' for r,d in zip(asked.itertuples(), table.declared)]
+def _beside_controls(r, contrasts, signs, alpha):
+    "What one model and tier has against its controls: which it exceeds by both metrics, and the p of all that has to hold."
+    known = lambda d: d.p if d.seeds>=min(2, r.seeds) else np.nan # one seed in common is one model
+    pairs = {c:[(d.difference*signs[d.metric],known(d)) for d in g.itertuples()] for c,g in contrasts.groupby('minus', sort=False)}
+    beyond = [c for c,evidence in pairs.items() if joint_p(r.gain, evidence)<alpha]
+    kinds = {tier_method(c).control for c in pairs}
+    own = [(r.gain,r.p),(r.layout_gain,r.layout_p)]
+    return dict(beyond=beyond, not_beyond=[c for c in pairs if c not in beyond], missing=[c for c in CONTROLS if c not in kinds],
+                p_joint=joint_p(r.gain, sum(pairs.values(), own)) if pairs else 1.)
 
 def _detectable(table, alpha, power=.8):
     se = table['shift']/table.t
@@ -131,19 +118,21 @@ def verdict_table(
     opened:OpenStudy,
 )->pd.DataFrame: # `VERDICT_COLUMNS`: layout_ is of the layout-free metric; beyond, not_beyond, missing name controls; linear is left out
     "One word for every model and tier, by the analysis that the study declared."
-    d,family = opened.study.declaration,{*opened.study.family}
+    d = opened.study.declaration
     if opened.scores(d.metric).empty: return pd.DataFrame(columns=VERDICT_COLUMNS)
     signs = {m:1 if higher_is_better(m) else -1 for m in (d.metric,d.layout_free)}
     table,layout = (plain_shifts(opened, m).query('tier!=@LINEAR').reset_index(drop=True) for m in signs)
     layout = layout[['model','tier','shift','low','high','p']].rename(columns={c:f'layout_{c}' for c in ('shift','low','high','p')})
     table = table.merge(layout, on=['model','tier'], how='left', validate='one_to_one').assign(metric=d.metric, layout_metric=d.layout_free)
     table = table.assign(gain=table['shift']*signs[d.metric], layout_gain=table.layout_shift*signs[d.layout_free],
-                         declared=[k in family for k in zip(table.model, table.tier)])
+                         declared=in_family(table, opened.study.family))
     contrasts = pd.concat([control_contrasts(opened, m).assign(metric=m) for m in signs])
-    table = _verdict_rows(table, contrasts, signs, d)
+    said = [_beside_controls(r, contrasts[(contrasts.model==r.model)&(contrasts.tier==r.tier)], signs, d.alpha) for r in table.itertuples()]
+    table = table.join(pd.DataFrame(said, table.index, columns=['beyond','not_beyond','missing','p_joint']))
     table = table.assign(p_joint_holm=holm(table.p_joint.where(table.declared)), p_none=equivalence_column(table, d.margin),
                          detectable=_detectable(table, d.alpha/max(1, table.declared.sum())))
-    return table.assign(verdict=_words(table, d.alpha))[VERDICT_COLUMNS]
+    table['verdict'] = [verdict(r, d.alpha) if r.declared else 'exploratory' for r in table.itertuples()]
+    return table.assign(**{c:table[c].map(', '.join) for c in ('beyond','not_beyond','missing')})[VERDICT_COLUMNS]
 
 # %% ../../nbs/06f_specificity.ipynb #4402771f
 def _numbers(shift, low, high): return f'{shift:+.4f} (95 % interval {low:+.4f} to {high:+.4f})'
