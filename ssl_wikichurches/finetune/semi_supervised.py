@@ -50,7 +50,7 @@ def hide_labels(
 def _gone(churches, split):
     "Churches of which nothing may be used."
     known = churches.images.church
-    return {*known[churches.images.annotated], *known.reindex([*split.train,*split.val,*split.eval,*split.test,*split.left_out]).dropna()}
+    return {*churches.held_out, *known.reindex([*split.train,*split.val,*split.eval,*split.test,*split.left_out]).dropna()}
 
 def unlabelled(
     churches:Churches,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from ..finetune.tiers import FROZEN, LINEAR, NAME, tier_method
-from ..data.files import write_json
+from ..data.files import read_text, write_json
 
 # %% ../../nbs/06a_plan.ipynb #81bfbd07
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def load_study(
     "Read a study from a file; unknown fields are refused."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no study file {path}")
-    try: return as_study(tomllib.loads(path.read_text(encoding='utf-8')), path.name)
+    try: return as_study(tomllib.loads(read_text(path)), path.name)
     except tomllib.TOMLDecodeError as e: raise ValueError(f"{path.name} is not valid TOML: {e}") from e
 
 # %% ../../nbs/06a_plan.ipynb #b0af474d

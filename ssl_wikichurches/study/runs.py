@@ -118,7 +118,7 @@ def prepare_run(
     loaders:int=0, # processes that decode photographs
 )->tuple: # TrainData, Backbone
     "What a run starts from: photographs and backbone, with the one thing changed that a control changes."
-    churches = load_churches(run.data, run.on_error, verify=False) # every photograph was verified when the split was made
+    churches = load_churches(run.data, run.on_error, False, Path(root)/'problems.csv') # every photograph was verified when the split was made
     backbone = load_backbone(run.source, size=run.size or None)
     data = TrainData(churches, load_split(Path(root)/'split.json', churches), backbone.spec.size, run.geometry, loaders)
     return control.apply(data, backbone, run.seed) if (control := _control(run)) else (data, backbone)
