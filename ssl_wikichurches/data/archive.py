@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZENODO', 'RECORD', 'file_digest', 'file_problem', 'readable_bytes', 'need_space', 'full_disk_explained',
            'serve_record', 'web_session', 'Traffic', 'RemoteFile', 'record_files', 'NoRange', 'transfer', 'pull',
-           'one_at_a_time', 'way_out', 'safe_members', 'DamagedMember', 'archive_explained', 'open_archive',
+           'one_at_a_time', 'DamagedMember', 'archive_explained', 'open_archive', 'way_out', 'safe_members',
            'save_member', 'open_remote_zip']
 
 # %% ../../nbs/00f_archive.ipynb #78bde11c
@@ -329,6 +329,29 @@ def one_at_a_time(
     try: yield
     finally: lock.release()
 
+# %% ../../nbs/00f_archive.ipynb #454e2b8c
+class DamagedMember(OSError): "A file of an archive whose bytes do not add up."
+
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, UnicodeError, OverflowError)
+
+@contextmanager
+def archive_explained(
+    what:str, # archive or member that is read
+    kind:type=OSError, # of the error, a subclass of OSError
+):
+    "Damage of an archive, and what this Python cannot unpack, as one kind of error that says where."
+    try: yield
+    except (*_DAMAGE, OSError) as e:
+        if isinstance(e, OSError) and not (type(e) is OSError and e.args==('Invalid data stream',)): raise # bz2 says no more; all others are of disk or network
+        raise kind(f"{what} cannot be read: it is damaged, or packed in a way that this Python does not know ({type(e).__name__}: {e})") from e
+
+def open_archive(
+    path:str|os.PathLike, # a zip archive where that is its suffix, else a tar file
+): # zipfile.ZipFile or tarfile.TarFile
+    "Open an archive of this machine. OSError, with its name, if it is none."
+    path = Path(path)
+    with archive_explained(path.name): return zipfile.ZipFile(path) if path.suffix=='.zip' else tarfile.open(path)
+
 # %% ../../nbs/00f_archive.ipynb #44b803d7
 def way_out(
     name:str, # of a member of an archive
@@ -359,29 +382,6 @@ def safe_members(
         problem = 'is a link or a device' if kind=='link or device' else way_out(name) if kind=='file' or name.strip('./') else ''
         if problem: raise ValueError(f"the archive is refused, and nothing of it unpacked: its member {name!r} {problem}")
     return [(PurePosixPath(name), m) for name,kind,m in found if kind=='file']
-
-# %% ../../nbs/00f_archive.ipynb #454e2b8c
-class DamagedMember(OSError): "A file of an archive whose bytes do not add up."
-
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, UnicodeError, OverflowError)
-
-@contextmanager
-def archive_explained(
-    what:str, # archive or member that is read
-    kind:type=OSError, # of the error, a subclass of OSError
-):
-    "Damage of an archive, and what this Python cannot unpack, as one kind of error that says where."
-    try: yield
-    except (*_DAMAGE, OSError) as e:
-        if isinstance(e, OSError) and not (type(e) is OSError and e.args==('Invalid data stream',)): raise # bz2 says no more; all others are of disk or network
-        raise kind(f"{what} cannot be read: it is damaged, or packed in a way that this Python does not know ({type(e).__name__}: {e})") from e
-
-def open_archive(
-    path:str|os.PathLike, # a zip archive where that is its suffix, else a tar file
-): # zipfile.ZipFile or tarfile.TarFile
-    "Open an archive of this machine. OSError, with its name, if it is none."
-    path = Path(path)
-    with archive_explained(path.name): return zipfile.ZipFile(path) if path.suffix=='.zip' else tarfile.open(path)
 
 # %% ../../nbs/00f_archive.ipynb #90fed754
 def save_member(

@@ -281,7 +281,8 @@ def _candidates(paths, wanted):
     for p in paths:
         if p.name in wanted: same.setdefault(p.name, []).append(p)
         elif len(fits := by_stem.get(p.stem, []))==1: alike.setdefault(fits[0], []).append(p)
-    return alike|same
+    found = alike|same
+    return {n:found[n] for n in wanted if n in found}
 
 # %% ../../nbs/00g_download.ipynb #a9759951
 def _stems(shard):
@@ -309,7 +310,7 @@ def unpack_shard(
     with open_archive(shard) as tar:
         members = {}
         for path,m in _photographs_in(tar): members.setdefault(path, []).append((path,m))
-        chosen = {n:_the_one(tar, [m for p in dict.fromkeys(paths) for m in members[p]], n) for n,paths in _candidates([*members], {*wanted}).items()}
+        chosen = {n:_the_one(tar, [m for p in dict.fromkeys(paths) for m in members[p]], n) for n,paths in _candidates([*members], dict.fromkeys(wanted)).items()}
         for name,(path,m) in chosen.items():
             entry = save_member(tar, m, folder/'images'/name, folder/f'{name}.part')
             found['images/'+name] = dict(state='fetched', origin=origin)|entry|({} if path.name==name else dict(mirror_name=path.name))

@@ -52,6 +52,7 @@ def check_recipe(
     "Refuse a folder in which a run with another recipe was started."
     if not (folder/'recipe.json').is_file(): return False
     found,want = json.loads((folder/'recipe.json').read_text()), asdict(run)
+    if found.get('tier')==run.tier!=FROZEN: found['recipe'] = asdict(tier_method(run.tier).recipe())|found['recipe'] # a field may be newer than the run
     differ = {k:(found.get(k),want.get(k)) for k in sorted({*found,*want}) if found.get(k)!=want.get(k)}
     if differ:
         what = '; '.join(f'{k}: {a!r} there, {b!r} now' for k,(a,b) in differ.items())
@@ -279,8 +280,8 @@ def execute(
 
 # %% ../../nbs/06b_runs.ipynb #ed18eba8
 def best_device()->str:
-    "'cuda' where there is one, else 'cpu'."
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    "'cuda' where there is one, else 'mps' (of Apple) where there is one, else 'cpu'."
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 def gpu_groups(
     size:int=1, # GPUs of each group
@@ -304,7 +305,7 @@ def default_executor(
 )->Executor:
     "A pool of fresh processes that share the cores and the GPUs."
     cores,groups = available_cores(),gpu_groups(processes)
-    workers = workers or len(groups) or max(1, cores//processes)
+    workers = workers or len(groups) or (1 if best_device()=='mps' else max(1, cores//processes))
     return worker_pool(workers, _take_place, max(1, cores//workers), groups, get_context('spawn').Value('i', 0))
 
 # %% ../../nbs/06b_runs.ipynb #4e2f7c59
