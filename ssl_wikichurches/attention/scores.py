@@ -301,15 +301,18 @@ def _check_counts(maps, boxes, names, groups, parts):
 
 # %% ../../nbs/02e_scores.ipynb #91598891
 def _check_boxes(name, boxes, parts, size):
+    "The corners, if there is an area in the frame for each."
+    plain = box_corners(boxes).cpu()
     if boxes.ndim!=2 or boxes.shape[-1]!=4 or not len(boxes):
         raise ValueError(f"{name}: boxes are {tuple(boxes.shape)}: expected (b, 4), at least one; leave out images without a box")
     if parts is not None and len(parts)!=len(boxes):
         raise ValueError(f"{name} has {len(boxes)} boxes and {len(parts)} parts: expected a part for each box")
-    plain = box_corners(boxes).cpu()
     size_of = getattr(boxes, 'canvas_size', (size,size))
-    if tuple(size_of)!=(size,size): raise ValueError(f"{name}: boxes are of a canvas of {tuple(size_of)}: expected ({size}, {size}), the frame; transform them with the image")
+    if tuple(size_of)!=(size,size):
+        raise ValueError(f"{name}: boxes are of a canvas of {tuple(size_of)}: expected ({size}, {size}), the frame; transform them with the image")
     odd = ~plain.isfinite().all(1)|(plain[:,2]<=plain[:,0])|(plain[:,3]<=plain[:,1])
-    if odd.any(): raise ValueError(f"{name}: box {plain[odd][0].tolist()} has no area: expected left < right and top < bottom, finite, in pixels of the frame")
+    if odd.any():
+        raise ValueError(f"{name}: box {plain[odd][0].tolist()} has no area: expected left < right and top < bottom, finite, in pixels of the frame")
     away = (plain[:,:2]>=size).any(1)|(plain[:,2:]<=0).any(1)
     if away.any(): raise ValueError(f"{name}: box {plain[away][0].tolist()} lies outside the frame of {size} pixels: leave it out, or move it with the image")
     if not box_mask(plain, size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
@@ -320,7 +323,8 @@ def _check_input(maps, boxes, names, groups, parts, size, only):
     for name in only: find_metric(name)
     found = [_check_boxes(name, b, None if parts is None else parts[i], size) for i,(name,b) in enumerate(zip(names, boxes))]
     if size>1 and all(0<=b.min() and b.max()<=1 for b in found):
-        raise ValueError(f"all boxes lie within one pixel, as {found[0][0].tolist()} of {names[0]}: are they fractions of the image? Multiply them by {size}, the side of the frame")
+        raise ValueError(f"all boxes lie within one pixel, as {found[0][0].tolist()} of {names[0]}: are they fractions of the image? "
+                         f"Multiply them by {size}, the side of the frame")
     return found
 
 # %% ../../nbs/02e_scores.ipynb #5273edde
@@ -393,7 +397,8 @@ def read_maps(
     "Maps that another program wrote."
     t = read_csv(path, ('image',), ('row','column','value'))
     if not len(t): raise ValueError(f"{path} has no rows: expected a row for each cell of a map")
-    if (odd := (t[['row','column']]%1!=0).any(axis=1)).any(): raise ValueError(f"{path}: row or column is no whole number, first row {odd.idxmax()} of the file")
+    if (odd := (t[['row','column']]%1!=0).any(axis=1)).any():
+        raise ValueError(f"{path}: row or column is no whole number, first row {odd.idxmax()} of the file")
     t = t.astype(dict(row=int, column=int))
     found,g = [*t.image.unique()],int(t[['row','column']].max(axis=None))+1
     if t.duplicated(['image','row','column']).any() or len(t)!=len(found)*g*g or (t[['row','column']]<0).any(axis=None):

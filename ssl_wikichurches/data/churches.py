@@ -319,7 +319,8 @@ def _lost(path, near, fetched):
     "Why a photograph is not there."
     if path.is_symlink(): return 'it is a link to a file that is not there: fetch that (with git-annex: `git annex get`)'
     found = [n for n in near.get(_nearly(path.name), ()) if n!=path.name]
-    return f"missing, but there is {', '.join(map(repr, found))}: rename it" if found else 'missing, though it was fetched: run `wikichurches_download --verify`' if path.name in fetched else 'missing'
+    if found: return f"missing, but there is {', '.join(map(repr, found))}: rename it"
+    return 'missing'+', though it was fetched: run `wikichurches_download --verify`'*(path.name in fetched)
 
 def _misplaced(root):
     "Photographs in folders below `images`, of which there are none in `images` itself."

@@ -20,7 +20,7 @@ _TURNS = dict(enumerate(('FLIP_LEFT_RIGHT','ROTATE_180','FLIP_TOP_BOTTOM','TRANS
 def _foreign(start):
     "What a file is that is no picture, as far as its first 16 bytes tell."
     for what,is_it in {'it is empty: was the download complete?':not start, 'it is filled with zeros: was the download complete?':not start.strip(b'\0'),
-                       'it is a page of the web, not a picture: open it in a browser to see what the server said':start.lstrip(b'\xef\xbb\xbf \t\r\n')[:1]==b'<',
+                       'it is a page of the web, not a picture: open it in a browser':start.lstrip(b'\xef\xbb\xbf \t\r\n')[:1]==b'<',
                        'it is a pointer of Git LFS or git-annex: fetch what it points to':start.startswith((b'version https:', b'/annex/objects/')),
                        'it is HEIC, AVIF or a film: save it as JPEG or PNG':start[4:8]==b'ftyp'}.items():
         if is_it: return what
@@ -135,7 +135,7 @@ def _check_jpeg(fp, whole):
     fp.seek(0); data = fp.read()
     try: decode_jpeg(data, 'CMYK' if decode_jpeg_header(data)[2] in ('CMYK','YCCK') else 'GRAY', min_factor=8)
     except ValueError as e:
-        if not str(e).startswith(('Corrupt JPEG data','Premature end')) or 'ICC' in str(e): return # a kind of JPEG that PIL alone knows, or no harm to the picture
+        if not str(e).startswith(('Corrupt JPEG data','Premature end')) or 'ICC' in str(e): return # a kind that PIL alone knows, or no harm to the picture
         raise ValueError("its end is filled with zeros: was the download complete?" if zeros else f"a part of the picture is damaged or missing ({e})") from e
 
 # %% ../../nbs/00B_codec.ipynb #925bb3b1

@@ -128,7 +128,8 @@ def unpack_labels(
         for path,m in safe_members(archive):
             if is_litter(path): continue
             inside = Path('labels', *path.parts[path.parts[0]=='labels':])
-            if (p := inside.as_posix()) in found and found[p]['crc32']!=f'{m.CRC:08x}': raise ValueError(f"labels.zip has two files {p}, and they differ: which is meant?")
+            if found.get(p := inside.as_posix(), dict(crc32=f'{m.CRC:08x}'))['crc32']!=f'{m.CRC:08x}':
+                raise ValueError(f"labels.zip has two files {p}, and they differ: which is meant?")
             entry = dict(size=m.file_size, crc32=f'{m.CRC:08x}')
             state = 'fetched' if file_problem(folder/inside, entry) else 'present'
             (folder/inside).parent.mkdir(parents=True, exist_ok=True)

@@ -168,10 +168,11 @@ def _by_chance(of_church, val, seed, names):
     n,held = of_church.value_counts().reindex(range(len(names)), fill_value=0),math.ceil(len(of_church)*val)
     said = ', '.join(f'{k} {name}' for k,name in zip(n, names))
     if (n==1).any() or not n.any():
-        raise ValueError(f"training and validation need at least two churches of a style, beside those with boxes; there are {said}: add churches, or name other "
-                         "classes in classes.txt")
+        raise ValueError("training and validation need at least two churches of a style, beside those with boxes; "
+                         f"there are {said}: add churches, or name other classes in classes.txt")
     if not len(n[n>0])<=held<=len(of_church)-len(n[n>0]):
-        raise ValueError(f"validation would take {held} of {len(of_church)} churches ({said}), but both parts need one of every style: add churches, or choose another val than {val}")
+        raise ValueError(f"validation would take {held} of {len(of_church)} churches ({said}), but both parts need one of every style: "
+                         f"add churches, or choose another val than {val}")
     from sklearn.model_selection import train_test_split
     train,_ = train_test_split(of_church.index.to_numpy(), test_size=val, random_state=seed, stratify=of_church.to_numpy())
     return pd.Series(np.where(of_church.index.isin(train), 'train', 'val'), of_church.index)
