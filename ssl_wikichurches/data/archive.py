@@ -9,7 +9,7 @@ __all__ = ['ZENODO', 'RECORD', 'file_digest', 'file_problem', 'readable_bytes', 
            'save_member', 'open_remote_zip']
 
 # %% ../../nbs/00f_archive.ipynb #78bde11c
-import errno, hashlib, json, lzma, os, re, shutil, socket, stat, struct, tarfile, time, zipfile, zlib
+import errno, gzip, hashlib, json, lzma, os, re, shutil, socket, stat, struct, tarfile, time, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -332,7 +332,7 @@ def one_at_a_time(
 # %% ../../nbs/00f_archive.ipynb #454e2b8c
 class DamagedMember(OSError): "A file of an archive whose bytes do not add up."
 
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, UnicodeError, OverflowError)
+_DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, UnicodeError, OverflowError)
 
 @contextmanager
 def archive_explained(
@@ -342,7 +342,8 @@ def archive_explained(
     "Damage of an archive, and what this Python cannot unpack, as one kind of error that says where."
     try: yield
     except (*_DAMAGE, OSError) as e:
-        if isinstance(e, OSError) and not (type(e) is OSError and e.args==('Invalid data stream',)): raise # bz2 says no more; all others are of disk or network
+        if not isinstance(e, _DAMAGE) and not (type(e) is OSError and (e.args==('Invalid data stream',) or e.errno==errno.EINVAL)):
+            raise # bz2 says no more, and a place before the beginning was sought; all others are of disk or network
         raise kind(f"{what} cannot be read: it is damaged, or packed in a way that this Python does not know ({type(e).__name__}: {e})") from e
 
 def open_archive(

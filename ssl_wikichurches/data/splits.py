@@ -186,6 +186,7 @@ def make_split(
 )->Split:
     "Evaluation: the annotated images. The other churches: training and validation, stratified by style, or as the official lists say."
     y,im = class_labels(churches, labels),churches.images
+    if not 0<=seed<2**32: raise ValueError(f"seed is {seed}: expected a whole number from 0, below 2^32")
     if not 0<=val<1: raise ValueError(f"val is {val}: expected a share of at least 0 and below 1")
     if labels=='wc4' and val: raise ValueError(f"val is {val}, but 'wc4' brings its own validation list: leave val out")
     owner,held = im.church.reindex(y.index),_annotated(churches, y)

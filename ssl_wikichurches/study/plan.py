@@ -109,8 +109,15 @@ def _choices():
     return dict(labels=LABELS, geometry=GEOMETRIES, on_error=('raise','skip'))
 
 # %% ../../nbs/06a_plan.ipynb #06a00018
+def _check_texts(field, values):
+    if bad := [v for v in values if not isinstance(v, str)]: raise ValueError(f"{field} has {bad[0]!r}: expected a text")
+
 def _check_fields(study):
     "What the fields say for themselves; what has its default needs no check."
+    for f in ('models','tiers'): _check_texts(f, getattr(study, f))
+    if bad := [s for s in study.seeds if type(s) is not int or not 0<=s<2**32]: raise ValueError(f"seed {bad[0]!r}: expected whole numbers from 0, below 2^32")
+    for t,changes in study.recipes.items():
+        if not isinstance(changes, dict): raise ValueError(f"the recipe of {t} is {changes!r}: expected fields with their values, such as epochs = 3")
     if not NAME.fullmatch(study.name): raise ValueError(f"study name {study.name!r} names a folder: use letters, digits, '.', '_' and '-'")
     for f in ('labels','geometry','on_error'):
         if getattr(study, f)!=getattr(Study, f) and getattr(study, f) not in (known := _choices()[f]):
@@ -118,7 +125,6 @@ def _check_fields(study):
     for f in ('models','tiers','seeds'):
         values = getattr(study, f)
         if not values and f!='tiers' or len(set(values))<len(values): raise ValueError(f"{f} is {values!r}: expected at least one, none twice")
-    if bad := [s for s in study.seeds if type(s) is not int or s<0]: raise ValueError(f"seed {bad[0]!r}: expected whole numbers from 0")
     if len(study.sources)<len(study.models): raise ValueError(f"two models share a name: {study.models}")
 
 # %% ../../nbs/06a_plan.ipynb #04c3c177
@@ -135,6 +141,7 @@ def _check_analysis(study):
     for k,v in study.analysis.items():
         if not isinstance(v, (int,float) if known[k] is float else known[k]):
             raise ValueError(f"analysis: {k} must be {known[k].__name__.replace('tuple','a list')}, got {v!r}")
+    for k in ('companions','models','tiers'): _check_texts(f'analysis: {k}', study.analysis.get(k, ()))
     declared = study.declaration
     for what,names,there in (('model',declared.models,study.sources), ('tier',declared.tiers,study.tiers)):
         if lost := [n for n in names if n not in there]: raise ValueError(f"analysis: {what} {lost[0]!r} is none of the study's: {', '.join(there)}")
