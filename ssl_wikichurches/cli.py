@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'plain_errors', 'read_recipes', 'compose_study', 'show_study', 'wikichurches_study', 'wikichurches_report',
            'wikichurches_tensorboard', 'wikichurches_paths', 'wikichurches_download', 'wikichurches_prepare',
-           'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny']
+           'wikichurches_import', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import sys, tempfile, time, tomllib, traceback
@@ -216,6 +216,34 @@ def wikichurches_prepare(
         from ssl_wikichurches.data.download import source_folder
         from ssl_wikichurches.data.prepare import prepare, prepare_report
         print(prepare_report(prepare(source_folder(data), side, quality, workers)))
+
+# %% ../nbs/07_cli.ipynb #af25214b
+@call_parse
+def wikichurches_import(
+    file:str, # of an earlier study: per-image scores (JSON, SQLite), the names of a split (JSON), or <model>_<strategy>_finetuned.pt
+    out:str=None, # a folder for weights, a CSV file for scores, a JSON file for a split; named like the file where not given
+    data:str='wikichurches', # source of the photographs that a split is checked against
+    model:str='', # backbone that weights were made from; the one that the file names where not given
+    metric:str='iou@90', # of the table of scores that is printed
+    layer:str='', # of scores in a database; the last where not given
+    method:str='', # of scores in a database with several
+    debug:store_true=False, # raise errors as they are
+):
+    "Take over scores, a split or weights of an earlier study. Nothing in a file is run."
+    with plain_errors('wikichurches_import', debug):
+        from ssl_wikichurches.study.earlier import earlier_kind, earlier_table, import_weights, read_earlier_scores, read_earlier_split
+        kind,stem = earlier_kind(file),Path(file).stem
+        if kind=='weights': print(f'weights: {import_weights(file, out or stem, model)}')
+        elif kind=='split':
+            from ssl_wikichurches.data.download import load_churches
+            from ssl_wikichurches.data.splits import save_split
+            split = read_earlier_split(file, load_churches(data))
+            print(f"split: {save_split(split, out or f'{stem}-split.json')} ({', '.join(f'{len(names)} for {p}' for p,names in split.parts.items() if names)})")
+        else:
+            scores = read_earlier_scores(file, layer, method)
+            scores.to_csv(out := out or f'{stem}-scores.csv', index=False)
+            print(earlier_table(scores, metric)[['model','tier','n','shift','low','high','p','p_holm','d_z']].round(4).to_string(index=False))
+            print(f"scores: {out} ({', '.join(dict.fromkeys(scores.metric))})")
 
 # %% ../nbs/07_cli.ipynb #6a7bad65
 @call_parse
