@@ -1,5 +1,6 @@
 "What people's folders, tables, archives and servers are like: the right value, a listed problem, or an error that says which file and what to do."
 import errno, io, json, os, struct, tarfile, unicodedata, zipfile, zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -15,7 +16,12 @@ from ssl_wikichurches.data.download import download_churches, load_churches, rea
 from ssl_wikichurches.data.files import read_json
 from ssl_wikichurches.data.prepare import prepare
 from ssl_wikichurches.data.splits import make_split, read_wc4
+from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
 from ssl_wikichurches.finetune.semi_supervised import unlabelled
+from ssl_wikichurches.study.plan import Run
+from ssl_wikichurches.study.report import _narrow
+from ssl_wikichurches.study.runs import best_device, check_recipe
 
 QS = ('Q46261','Q176483','Q236122','Q840829')
 
@@ -386,3 +392,27 @@ def test_a_share_that_is_too_small_or_too_large(root):
     with pytest.raises(ValueError, match='validation would take 1 of 12.*another val than 0.01'): make_split(churches, val=.01)
     with pytest.raises(ValueError, match='validation would take 11 of 12'): make_split(churches, val=.9)
     assert len(make_split(churches, val=.34).val)==5
+
+def test_adapters_and_classifier_have_rates_of_their_own(forty):
+    recipe = LoraRecipe(epochs=1, lr=1e-3, adapter_lr=1e-4)
+    history = fit_lora(load_backbone('tiny-clip'), forty, recipe).history
+    assert {'lr_adapters','lr_classifier'}<={*history} and (history.lr_classifier/history.lr_adapters).round(6).eq(10).all()
+    with pytest.raises(ValueError, match='adapter_lr -1'): LoraRecipe(adapter_lr=-1.)
+
+def test_a_run_made_before_a_field_was_there_is_complete(tmp_path):
+    run = Run('m', 'tiny-clip', 'lora', 0, asdict(LoraRecipe()), 'synthetic', 'leaf', 'squash', 0, 'raise', 'key')
+    old = asdict(run); del old['recipe']['adapter_lr']
+    (tmp_path/'recipe.json').write_text(json.dumps(old)); (tmp_path/'run.json').write_text('{}')
+    assert check_recipe(tmp_path, run)
+    with pytest.raises(ValueError, match='adapter_lr'): check_recipe(tmp_path, replace(run, recipe=asdict(LoraRecipe(adapter_lr=1e-3))))
+
+@pytest.mark.parametrize('cuda,mps,best', [(True,True,'cuda'), (False,True,'mps'), (False,False,'cpu')])
+def test_the_best_device(cuda, mps, best, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda); monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: mps)
+    assert best_device()==best
+
+def test_a_printed_table_has_no_empty_and_no_repeated_column():
+    text = pd.DataFrame(dict(n=[60,60], seeds=[1,1], over=['one model']*2, verdict=['one model']*2, task=['',''], shift=['+.01','+.02'], low=['0','+.01'], models_low=['0','+.01'], note=['','']), index=pd.MultiIndex.from_tuples([('m','lora'),('m','full')], names=['model','tier']))
+    first,head,*_ = _narrow(text).splitlines()
+    assert first=='n 60, seeds 1' and head.split()==['verdict','shift','low']
+    assert [l.split() for l in _narrow(text.assign(n=[60,59])).splitlines()][0]==['seeds','1']

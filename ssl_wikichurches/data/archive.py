@@ -332,7 +332,8 @@ def one_at_a_time(
 # %% ../../nbs/00f_archive.ipynb #454e2b8c
 class DamagedMember(OSError): "A file of an archive whose bytes do not add up."
 
-_DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, UnicodeError, OverflowError)
+_DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError,
+            RuntimeError, LookupError, UnicodeError, OverflowError)
 
 @contextmanager
 def archive_explained(

@@ -162,9 +162,10 @@ def analysis_text(
     return text
 
 def _narrow(text):
-    "What a terminal has room for: columns that are empty or repeat another are left out, and what all rows share is said in a line before them."
+    "What a terminal has room for: columns that are empty or say what another says are left out, and what all rows share is said in a line before them."
     text = text.loc[:,(text.astype(str)!='').any()]
-    text = text.loc[:,~pd.Series([text[c].tolist() for c in text], text.columns, dtype=object).map(str).duplicated()]
+    same = dict(over='verdict', models_low='low', models_high='high') # where every recipe has one seed
+    text = text.drop(columns=[c for c,other in same.items() if {c,other}<={*text} and text[c].equals(text[other])])
     shared = {c:text[c].iloc[0] for c in ('n','seeds','over') if c in text and text[c].nunique()==1}
     return '\n'.join([', '.join(f'{k} {v}' for k,v in shared.items())]*bool(shared)+[text.drop(columns=[*shared]).to_string()])
 
