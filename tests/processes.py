@@ -29,7 +29,7 @@ def wait_until(happened, most=1800):
         time.sleep(.02)
 
 @contextmanager
-def as_a_worker(workers=1):
+def as_a_worker(workers):
     "As many threads as a worker has in a pool of so many: training then gives the same bits as there."
     import torch
     from ssl_wikichurches.data.files import available_cores
