@@ -1,6 +1,7 @@
 "One training in two processes gives what it gives in one."
 import json, os
 import torch, pandas as pd, pytest
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from torch.utils.data import DataLoader, TensorDataset
@@ -113,8 +114,9 @@ def test_every_worker_has_its_own_gpus(monkeypatch):
     assert places==['0,1','2,3','4,5']
 
 def test_a_study_whose_trainings_are_shared(drawn, tmp_path):
-    study = Study('s', str(drawn), ('tiny-clip',), ('linear','full'), size=64, val=.3, recipes=dict(linear=dict(epochs=2), full=dict(epochs=2, batch=10, backbone_lr=1e-4)))
-    roots = [run_study(study, tmp_path/str(n), workers=1, processes=n, progress=False) for n in (1,2)]
+    study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=2, batch=10, backbone_lr=1e-4)))
+    with ThreadPoolExecutor(1) as pool: alone = run_study(study, tmp_path/'1', pool, device='cpu', progress=False)
+    roots = [alone, run_study(study, tmp_path/'2', workers=1, processes=2, device='cpu', progress=False)]
     facts = [json.loads((r/'tiny-clip-full-seed0/run.json').read_text()) for r in roots]
     assert [f['processes'] for f in facts]==[1,2] and facts[0]['scores']==facts[1]['scores']
     a,b = (load_maps(r/'tiny-clip-full-seed0').maps for r in roots)
