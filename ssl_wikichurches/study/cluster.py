@@ -160,4 +160,6 @@ def open_executor(
     elif cluster.executor!='local': yield slurm_executor(cluster, logs, study.name, 'slurm' if cluster.executor=='slurm' else 'local')
     else:
         workers = cluster.workers or (max(1, available_cores()//cluster.cpus) if cluster.cpus else 0)
-        with default_executor(workers, processes, cluster.cpus) as pool: yield pool
+        pool = default_executor(workers, processes, cluster.cpus)
+        try: yield pool
+        finally: pool.shutdown(wait=True, cancel_futures=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'DEMO', 'ANALYSIS', 'Declaration', 'Cluster', 'Study', 'tier_recipe', 'Checked', 'as_study', 'load_study',
-           'Run', 'study_runs', 'freeze_analysis', 'RunsFailed', 'study_folder', 'one_line']
+           'Run', 'study_runs', 'freeze_analysis', 'RunsFailed', 'study_folder', 'read_study', 'one_line']
 
 # %% ../../nbs/06a_plan.ipynb #06a00004
 import hashlib, json, os, tomllib
@@ -307,6 +307,13 @@ def study_folder(
     if not (Path(root)/'study.json').is_file():
         raise FileNotFoundError(f"{root} is no folder of a study (it has no study.json): run the study first")
     return Path(root)
+
+def read_study(
+    root:str|os.PathLike, # folder of a study
+)->Study: # as it was last started; its recipes were checked then
+    "The study of a folder."
+    values = json.loads((study_folder(root)/'study.json').read_text())
+    return as_study(values, Path(root)/'study.json', values.get('recipes'))
 
 def one_line(
     error:Exception,
