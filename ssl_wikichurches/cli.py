@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_study', 'show_dry_run', 'show_study',
            'wikichurches_study', 'wikichurches_status', 'wikichurches_report', 'wikichurches_tensorboard',
-           'wikichurches_paths', 'wikichurches_download', 'wikichurches_prepare', 'wikichurches_pretrain_tiny',
-           'wikichurches_probe_tiny']
+           'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths', 'wikichurches_download',
+           'wikichurches_prepare', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import sys, tempfile, time, tomllib, traceback
@@ -229,6 +229,41 @@ def wikichurches_tensorboard(
         root = study_folder(root)
         from ssl_wikichurches.study.reader import open_study, to_tensorboard
         print(f'histories of {len(to_tensorboard(open_study(root), log))} runs: tensorboard --logdir {log}')
+
+# %% ../nbs/07_cli.ipynb #b0abcd43
+@call_parse
+def wikichurches_export(
+    root:str, # folder of a study
+    out:str='export', # folder that gets checkpoints/ and tables/
+    license:str='', # of the checkpoints, where it is not that of the base
+    debug:store_true=False, # raise errors as they are
+):
+    "Write what a study trained for transformers, timm and peft, and its tables as a data package."
+    with plain_errors('wikichurches_export', debug):
+        root = study_folder(root)
+        from ssl_wikichurches.study.analysis import analyse
+        from ssl_wikichurches.study.export import export_study
+        from ssl_wikichurches.study.reader import open_study
+        opened = open_study(root)
+        if not (root/'tables'/'tables.json').is_file(): analyse(opened)
+        made,left = export_study(opened, out, license)
+        for run,why in left.items(): print(f'left out: {run}: {why}')
+        print(f"{len(made)} models in {Path(out)/'checkpoints'}, tables in {Path(out)/'tables'}")
+
+# %% ../nbs/07_cli.ipynb #bf7c8a2c
+@call_parse
+def wikichurches_publish(
+    folder:str, # an exported model, such as export/checkpoints/lora/dinov2_lora_r8
+    repo:str, # repository on the hub, as <user>/<name>
+    private:store_true=False, # for you alone
+    endpoint:str=None, # address of the hub; that of HF_ENDPOINT where not given
+    debug:store_true=False, # raise errors as they are
+):
+    "Push an exported model to the Hugging Face hub."
+    with plain_errors('wikichurches_publish', debug):
+        if not Path(folder).is_dir(): raise FileNotFoundError(f"there is no folder {folder}: `wikichurches_export` makes it")
+        from ssl_wikichurches.study.export import publish
+        print(f'published: {publish(folder, repo, private, endpoint)}')
 
 # %% ../nbs/07_cli.ipynb #f95c155a
 @call_parse

@@ -202,7 +202,7 @@ def frozen(self:OpenStudy)->dict: # model -> name of its complete frozen run
 def recipe(self:OpenStudy, run:str)->Run:
     "What a run depended on."
     row = self.runs[self.runs.name==run].iloc[0]
-    return Run(**{f.name:row[f.name] for f in fields(Run)})
+    return Run(**{f.name:v.item() if isinstance(v := row[f.name], np.generic) else v for f in fields(Run)})
 
 @patch
 def has(self:OpenStudy, run:str, file:str)->bool:
