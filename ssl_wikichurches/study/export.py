@@ -151,7 +151,7 @@ def _export_lora(opened, run, folder):
     base,_ = base_of(run.source)
     how,tensors = peft_adapters(backbone, tier_method(run.tier).recipe(**run.recipe), opened.tensors(run.name))
     write_tensors(folder/'adapter_model.safetensors', tensors, dict(format='pt'))
-    write_json(folder/'adapter_config.json', dict(how, peft_type='LORA', task_type='FEATURE_EXTRACTION', inference_mode=True, bias='none', base_model_name_or_path=base or 'base'))
+    write_json(folder/'adapter_config.json', dict(how, peft_type='LORA', inference_mode=True, bias='none', base_model_name_or_path=base or 'base'))
     write_json(folder/'preprocessor_config.json', _preprocessor(backbone.spec))
     if not base: export_backbone(backbone, folder/'base')
     return 'peft'
