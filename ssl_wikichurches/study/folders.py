@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'ERROR', 'STATES', 'data_key', 'weights_mark', 'versions'
            'error_line', 'run_state']
 
 # %% ../../nbs/06O_folders.ipynb #151e46c8
-import hashlib, importlib.metadata, json, os, platform, re, subprocess, time
+import hashlib, importlib.metadata, json, platform, subprocess
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.resources import files
@@ -119,8 +119,9 @@ def error_line(
 )->str: # class and message of the exception; the first line where there is none
     "Why an attempt failed, in a line."
     lines = [l for l in text.partition('Warnings and messages before it:')[0].splitlines() if l.strip()]
-    said = [l for l in lines if re.match(r'[A-Za-z_][\w.]*(: |$)', l)]
-    return (said[-1] if said else lines[0] if lines else '').strip()
+    calls = [i for i,l in enumerate(lines) if l.startswith('  File "')]
+    said = [l for l in lines[calls[-1]:] if not l.startswith(' ')] if calls else lines
+    return (said or lines or [''])[0]
 
 def _epochs(folder): # that are in the history
     path = folder/'history.csv'

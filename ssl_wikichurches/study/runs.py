@@ -368,7 +368,8 @@ def _run_all(missing, root, pool, bar, how):
         elsewhere = {*_finish(futures, root, bar)}
         bar.set_postfix_str(f'{len(elsewhere)} elsewhere' if elsewhere else '')
         for name in elsewhere:
-            with one_writer(root/name, sign=False): pass # wait
+            with one_writer(root/name, sign=False): # wait
+                if (root/name/'run.json').is_file(): (root/name/LOCK).unlink(missing_ok=True)
         missing = [r for r in missing if r.name in elsewhere and not check_recipe(root/r.name, r)]
         bar.update(len(elsewhere)-len(missing))
 
