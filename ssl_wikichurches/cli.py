@@ -6,7 +6,7 @@
 __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_study', 'show_dry_run', 'show_study',
            'wikichurches_study', 'wikichurches_status', 'wikichurches_report', 'wikichurches_tensorboard',
            'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths', 'wikichurches_download',
-           'wikichurches_prepare', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny']
+           'wikichurches_prepare', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny', 'wikichurches_calibrate']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import sys, tempfile, time, tomllib, traceback
@@ -370,3 +370,32 @@ def wikichurches_probe_tiny(
         (folder := Path(out)).mkdir(parents=True, exist_ok=True)
         for name,table in _probe_tables(n, trap): table.round(4).to_csv(folder/f'{name}.csv')
         print(f'result files: probe.csv, windows.csv and shortcut.csv in {folder}')
+
+# %% ../nbs/07_cli.ipynb #8791a4b1
+def _world_of(study):
+    "The drawn world that a study is about."
+    from ssl_wikichurches.study.calibration import TRUTHS
+    world = study.data.removeprefix('world-')
+    if world not in TRUTHS or world==study.data:
+        raise ValueError(f"the data of {study.name} are {study.data!r}: expected a world whose truth is known, {', '.join(f'world-{w}' for w in TRUTHS)}")
+    return world
+
+@call_parse
+def wikichurches_calibrate(
+    files:Param('TOML files of studies of drawn worlds', str, nargs='+'),
+    models:str=None, # instead of those of the files, with commas
+    tiers:str=None, # instead of those of the files, with commas
+    seeds:str=None, # instead of those of the files, with commas
+    runs:str='runs', # folder of all studies
+    workers:int=0, # runs at a time; 0: one per core, or one per GPU
+    results:str=None, # folder that gets table.csv, seeds.csv, and maps of the first model's last tier
+    debug:store_true=False, # raise errors as they are
+):
+    "Run studies whose truth is known, and set it beside the verdicts."
+    with plain_errors('wikichurches_calibrate', debug):
+        studies = {_world_of(s):s for s in (compose_study(f, models=models, tiers=tiers, seeds=seeds) for f in files)}
+        from ssl_wikichurches.study.calibration import calibrate, readable_calibration, save_calibration
+        opened = calibrate(studies, runs, workers)
+        table = save_calibration(opened, results)
+        print(readable_calibration(table).to_string(index=False))
+

@@ -390,7 +390,8 @@ def _pixel_boxes(boxes, w, h):
 
 def _boxes_by_image(boxes):
     "Place and part of the boxes of each image."
-    return {name:(b[['left','top','width','height']].to_numpy(), tuple(b.part)) for name,b in boxes.groupby('image')}
+    shares,parts = boxes[['left','top','width','height']].to_numpy(),boxes.part.to_numpy(object)
+    return {name:(shares[at],tuple(parts[at])) for name,at in boxes.groupby('image').indices.items()}
 
 def _load(path, side):
     "A photograph as an Image of torchvision, in [0, 1]."

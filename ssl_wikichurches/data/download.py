@@ -28,11 +28,14 @@ def cache_dir()->Path: # the folder; it need not exist yet
 
 # %% ../../nbs/00g_download.ipynb #85127ad1
 _DEFAULT = dict(n=420, n_annotated=60, size=96, seed=0, unlabelled=60)
+_WORLD = dict(n=480, n_annotated=120, size=96, seed=2) # churches enough for a small shift to be seen
 EDITIONS = { # source -> arguments of `make_churches`
     'synthetic': _DEFAULT,
     'synthetic-shortcut': _DEFAULT|dict(evidence='shortcut'), # style shows in the color of a banner, and in nothing else
     'synthetic-shortcut-large': _DEFAULT|dict(n=800, evidence='shortcut'), # enough of them for a tiny backbone to learn it
     'synthetic-mixed': _DEFAULT|dict(evidence='mixed'), # in the banner and in the parts
+    **{f'world-{k}': _WORLD|dict(evidence=k) for k in ('parts','none')}, # what tells the style, see `draw_church`
+    **{f'world-{k}': _WORLD|dict(evidence=k, n=800) for k in ('boxed','shortcut')}, # photographs enough for a tiny backbone to learn a color
     'synthetic-full': dict(n=4727, n_annotated=139, size=224, seed=0, imbalance='real', several=0.)} # counts of the real set
 
 def synthetic_folder(

@@ -226,7 +226,7 @@ def load_study(
 
 # %% ../../nbs/06a_plan.ipynb #b0af474d
 DEMO = Study('demo', models=tuple(f'tiny-{m}' for m in Study().models),
-             recipes=Checked(lora=dict(epochs=8), full=dict(epochs=8)))
+             recipes=Checked(lora=dict(epochs=8, lr=.001), full=dict(epochs=8, lr=.01, backbone_lr=.0003))) # rates at which small models learn
 
 # %% ../../nbs/06a_plan.ipynb #e2b108ba
 @dataclass(frozen=True)
