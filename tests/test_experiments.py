@@ -186,7 +186,7 @@ def test_a_failing_run_leaves_its_trace_until_it_succeeds(drawn, tmp_path, monke
     assert not (folder/'run.json').exists() and not list(tmp_path.glob('*/*frozen/error.txt'))
     assert not [h for h in logging.getLogger().handlers if isinstance(h, runs_module.RunLog)]
     before = (folder/'error.txt').read_bytes()
-    with pytest.raises(ValueError, match='another recipe'): execute(replace(study_runs(study, 'key')[1], seed=0), tmp_path/'brief')
+    with pytest.raises(ValueError, match='other data'): execute(replace(study_runs(study, 'key')[1], seed=0), tmp_path/'brief')
     assert (folder/'error.txt').read_bytes()==before
     monkeypatch.setattr(full_module, 'fit_full', fit)
     here(study, tmp_path)
