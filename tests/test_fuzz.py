@@ -66,7 +66,7 @@ def disturb(root, steps, texts):
         elif not new.exists() and not p.is_symlink():
             new.parent.mkdir(parents=True, exist_ok=True); (os.rename if what=='rename' else shutil.copy)(p, new)
     for name,changes,kind in texts:
-        text = (root/name).read_text() if (root/name).is_file() else '\n'.join(f'{q} K{q}' for q in QS[:2]) if name=='classes.txt' else f'{QS[0]} {QS[1]}\n'
+        text = (root/name).read_bytes().decode('utf-8', 'replace') if (root/name).is_file() else '\n'.join(f'{q} K{q}' for q in QS[:2]) if name=='classes.txt' else f'{QS[0]} {QS[1]}\n'
         (root/name).write_bytes(edited(text.encode(kind, 'replace'), changes))
 
 @some(12)
