@@ -15,7 +15,7 @@ from .plan import Study, read_study, study_runs
 # %% ../../nbs/06r_status.ipynb #00263b8c
 def _recipes_known(study, root):
     "Whether what lies in a folder is known to follow the recipes of a study."
-    if not (root/'study.json').is_file(): return not [*root.glob('*/recipe.json')]
+    if not (root/'study.json').is_file(): return not any(p.is_dir() for p in root.glob('*'))
     old = read_study(root)
     return old.recipes==study.recipes and {*study.tiers}<={*old.tiers}
 
