@@ -396,7 +396,7 @@ def test_heads_and_rows_with_every_option():
 def test_nothing_is_computed_that_is_not_asked_for(monkeypatch):
     from ssl_wikichurches.attention import capture as attention
     def refuse(*args, **kwargs): raise AssertionError('weights were computed')
-    monkeypatch.setattr(attention, 'attention_weights', refuse); monkeypatch.setattr(attention, '_mha_weights', refuse); monkeypatch.setattr(attention, '_mha_projected', refuse)
+    monkeypatch.setattr(attention, 'attention_weights', refuse); monkeypatch.setattr(attention, '_mha_weights', refuse); monkeypatch.setattr(attention, '_mha_value', refuse)
     b = load_backbone('tiny-siglip')
     with torch.no_grad(), capture_attention(read=lambda call: call.kind) as seen: b(images())
     assert seen.records==['sdpa']*4+['mha']

@@ -80,22 +80,28 @@ def _mha_arguments(args, kwargs):
     asked = _mha_signature.bind(*args, **kwargs); asked.apply_defaults()
     return asked.arguments
 
-def _mha_projected(a, what):
-    "Queries, keys or values (batch, heads, tokens, width) of a call with arguments `a`, as it projects them."
-    if a['bias_k'] is not None or a['add_zero_attn'] or a['static_k'] is not None or a['static_v'] is not None:
-        raise NotImplementedError(f"the {what} of nn.MultiheadAttention with bias_k, add_zero_attn or static keys; read weights only, with full=False")
-    x,e,bias,at = a[what],a['embed_dim_to_check'],a['in_proj_bias'],('query','key','value').index(what)
-    w = a[f'{what[0]}_proj_weight'] if a['use_separate_proj_weight'] else a['in_proj_weight'][at*e:(at+1)*e]
-    y = F.linear(x, w, None if bias is None else bias[at*e:(at+1)*e]) # (tokens, batch, width): sequence first
-    return y.view(len(x), -1, a['num_heads'], e//a['num_heads']).permute(1,2,0,3)
+def _mha_heads(a, x):
+    "What a call with arguments `a` projected to (tokens, batch, dim), by heads: (batch, heads, tokens, width)."
+    return x.view(len(x), -1, a['num_heads'], a['embed_dim_to_check']//a['num_heads']).permute(1,2,0,3)
+
+def _mha_value(a):
+    "Projected values (batch, heads, keys, width) of a call with arguments `a`."
+    if a['bias_k'] is not None or a['add_zero_attn'] or a['static_v'] is not None:
+        raise NotImplementedError("values of nn.MultiheadAttention with bias_k, add_zero_attn or static values; read weights only, with full=False")
+    x,e,bias = a['value'],a['embed_dim_to_check'],a['in_proj_bias']
+    w = a['v_proj_weight'] if a['use_separate_proj_weight'] else a['in_proj_weight'][-e:]
+    return _mha_heads(a, F.linear(x, w, None if bias is None else bias[-e:])) # sequence first
 
 # %% ../../nbs/02_attention.ipynb #8417e7e9
+_SPECIAL = 'attn_mask','key_padding_mask','bias_k','static_k' # of a call: not read in half precision
+
 def _mha_weights(args, kwargs, a):
     "Per-head weights (batch, heads, queries, keys) of a `multi_head_attention_forward` call."
     if torch.is_autocast_enabled(a['query'].device.type) or a['query'].dtype.itemsize<4:
-        if a['attn_mask'] is not None or a['key_padding_mask'] is not None:
-            raise NotImplementedError("weights of nn.MultiheadAttention with a mask in half precision: use float32")
-        return attention_weights(_mha_projected(a, 'query'), _mha_projected(a, 'key'))
+        if a['use_separate_proj_weight'] or a['add_zero_attn'] or any(a[k] is not None for k in _SPECIAL):
+            raise NotImplementedError("weights of nn.MultiheadAttention with masks, biases of keys or separate projections, in half precision: use float32")
+        q,k,_ = F._in_projection_packed(*(a[k] for k in ('query','key','value','in_proj_weight','in_proj_bias'))) # as it does itself, to the last bit
+        return attention_weights(_mha_heads(a, q), _mha_heads(a, k))
     asked = _mha_signature.bind(*args, **kwargs)
     asked.arguments |= dict(need_weights=True, average_attn_weights=False, training=False)
     weights = F.multi_head_attention_forward(*asked.args, **asked.kwargs)[1]
@@ -109,7 +115,7 @@ def _mha_call(args, kwargs):
         with torch.autocast(kind, now[0], now[1]): return read(*given)
     whole = cache(lambda: as_called(_mha_weights, args, kwargs, a))
     n_keys = len(a['key'])+(a['bias_k'] is not None)+bool(a['add_zero_attn'])
-    return AttentionCall('mha', a['num_heads'], n_keys, lambda rows,heads: whole()[:,heads,rows], lambda: as_called(_mha_projected, a, 'value'),
+    return AttentionCall('mha', a['num_heads'], n_keys, lambda rows,heads: whole()[:,heads,rows], lambda: as_called(_mha_value, a),
                          out_proj=(a['out_proj_weight'], a['out_proj_bias']))
 
 # %% ../../nbs/02_attention.ipynb #fb7bdeb9

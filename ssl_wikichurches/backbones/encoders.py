@@ -331,7 +331,7 @@ def _readable(name):
     "Turns what reading a file of weights raises into one error that names it."
     try: yield
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as e:
-        if type(e) is RuntimeError and 'PytorchStreamReader' not in str(e): raise
+        if type(e) is RuntimeError and not re.search('PytorchStreamReader|weights_only', str(e)): raise
         file = _weights_of(name)
         what = _what_it_is(file) if file else 'are damaged or incomplete: download them again'
         if 'Unsupported' in str(e) and 'damaged' in what:
