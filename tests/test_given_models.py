@@ -47,7 +47,7 @@ def refused(folder, words):
 
 REFUSED = {
     'deit_tiny_distilled_patch16_224': 'made of tokens 0, 1, and a map shows the attention of token 0 alone',
-    'vit_relpos_base_patch16_clsgap_224': 'it averages its patches, and nothing trains its class token',
+    'vit_relpos_base_patch16_clsgap_224': 'it averages its patches and leaves its class token aside',
     'vit_base_patch16_siglip_gap_224': 'it averages its patches$',
     'beit_base_patch16_224': 'it averages its patches', 'beitv2_base_patch16_224': 'it averages its patches', 'eva02_tiny_patch14_224': 'it averages its patches',
     'vit_tiny_r_s16_p8_224': 'from 5 to 5 tokens, and those of 1 tokens before the patches and 8 x 8',

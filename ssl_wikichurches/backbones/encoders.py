@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'transformers_architecture', 'build_timm', 'build_architecture', 'tiny_architecture', 'one_side',
            'TransformersReader', 'TimmReader', 'transformer_blocks', 'check_images', 'Backbone', 'check_encoder',
-           'quiet_loading', 'load_timm', 'save_backbone', 'resized', 'load_backbone', 'attention_projections']
+           'quiet_loading', 'load_timm', 'save_backbone', 'resized', 'load_backbone', 'describe_encoder',
+           'attention_projections']
 
 # %% ../../nbs/01_backbones.ipynb #09087796
 import difflib, inspect, json, os, pickle, re, sys, zlib
@@ -56,13 +57,12 @@ _TRAINED_TOKEN = re.compile('dinov3') # architectures that average their patches
 
 def _pooling(model, architecture):
     "What timm calls the pooling that a model is read by: 'token' or 'map'. Raises where it has neither."
-    lacks = f"timm's {architecture} is no vision transformer with a class token or a pooling head: "
-    if not getattr(model, 'blocks', None) or not hasattr(getattr(model, 'patch_embed', None), 'patch_size'):
-        raise ValueError(lacks+'it has no row of patches that goes through one block after the other')
-    if (how := getattr(model, 'global_pool', 'token'))=='map' or how=='token' and getattr(model, 'cls_token', None) is not None: return how
-    if getattr(model, 'cls_token', None) is None or not _TRAINED_TOKEN.search(architecture):
-        raise ValueError(lacks+'it averages its patches'+(', and nothing trains its class token' if getattr(model, 'cls_token', None) is not None else ''))
-    return 'token'
+    how,token = getattr(model, 'global_pool', 'token'),getattr(model, 'cls_token', None) is not None
+    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size')
+    if plain and (how=='map' or token and (how=='token' or _TRAINED_TOKEN.search(architecture))): return 'map' if how=='map' else 'token'
+    lacks = 'it has no row of patches that goes through one block after the other'
+    if plain: lacks = 'it averages its patches'+' and leaves its class token aside'*token if how=='avg' else f"it pools by {how!r} in timm's words"
+    raise ValueError(f"timm's {architecture} is no vision transformer with a class token or a pooling head: {lacks}")
 
 def build_timm(
     architecture:str, # timm's name of it, with or without the tag of its weights
@@ -241,12 +241,13 @@ def _passed_over(blocks):
 def _made_of(backbone):
     "Numbers of the tokens that the feature is made of; (size, size) bool, the pixels that the second and the last patch are made of."
     spec,tokens,random = backbone.spec,[],torch.Generator().manual_seed(0)
-    x = torch.rand(1, 3, spec.size, spec.size, generator=random, dtype=torch.float32).to(backbone.mean).requires_grad_()
+    draw = lambda *shape: torch.rand(shape, generator=random, device='cpu', dtype=torch.float32).to(backbone.mean)
+    x = draw(1, 3, spec.size, spec.size).requires_grad_()
     hook = backbone.layers[0].register_forward_pre_hook(lambda m,args,kwargs: tokens.append(args[0] if args else kwargs['hidden_states']), with_kwargs=True)
     with torch.enable_grad(), _passed_over(backbone.layers):
         try: feature = backbone(x)
         finally: hook.remove()
-        some = lambda t: (t*torch.rand(t.shape, generator=random).to(t)).sum() # a plain sum is constant behind a norm
+        some = lambda t: (t*draw(*t.shape)).sum() # a plain sum is constant behind a norm
         read, = torch.autograd.grad(some(feature), tokens[0], retain_graph=True)
         seen, = torch.autograd.grad(some(tokens[0][:,[spec.n_prefix+min(1, spec.grid-1),-1]]), x)
     return read[0].abs().sum(-1).nonzero().flatten().tolist(),seen[0].abs().sum(0)>0
@@ -258,7 +259,8 @@ def _calls_lack(backbone, calls):
     blocks,head = calls[:depth],calls[depth:]
     if not calls: return "it computes attention by hand, where no call of PyTorch's fused attention can be read"
     if len(calls)!=depth+(spec.pooling=='head'):
-        return f"its {depth} blocks{' and its pooling head'*(spec.pooling=='head')} make {len(calls)} calls of PyTorch's fused attention, and one of each is read"
+        return (f"its {depth} blocks{' and its pooling head'*(spec.pooling=='head')} make {len(calls)} calls of PyTorch's fused attention, "
+                "and one of each is read")
     if wrong := [c for c in blocks if c[1:]!=(n,n)]:
         return (f"attention in a block goes from {wrong[0][1]} to {wrong[0][2]} tokens, "
                 f"and those of {spec.n_prefix} tokens before the patches and {spec.grid} x {spec.grid} patches are {n}")
@@ -346,12 +348,17 @@ def quiet_loading():
     with torch.random.fork_rng(devices=[]), silent: yield
 
 # %% ../../nbs/01_backbones.ipynb #fff3a4ce
+def _beside(source, name, needed=True):
+    "Path of a file beside a checkpoint in the layout of transformers; None where there is none or, unless it is `needed`, no network to ask."
+    from transformers.utils import cached_file
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=needed)
+
 def _processor(source):
     "Settings of the image processor of a checkpoint; {} where it has none."
-    from transformers.utils import cached_file
-    found = (cached_file(source, n, _raise_exceptions_for_missing_entries=False) for n in ('processor_config.json','preprocessor_config.json'))
-    newer,older = (_read_json(p) if p else {} for p in found)
-    return newer.get('image_processor') or older
+    newer = _beside(source, 'processor_config.json', needed=False)
+    if newer and (images := _read_json(newer).get('image_processor')): return images
+    older = _beside(source, 'preprocessor_config.json')
+    return _read_json(older) if older else {}
 
 def _preprocessing(source, config, family):
     "Input size, mean and std for images in [0, 1]: of the checkpoint where it says so, of the family otherwise."
@@ -376,11 +383,11 @@ def _vision_config(source):
     return config,family
 
 def _refuse_adapters(source):
-    from transformers.utils import cached_file
-    if cached_file(source, 'adapter_config.json', _raise_exceptions_for_missing_entries=False):
+    if _beside(source, 'adapter_config.json', needed=False):
         raise ValueError(f"{source} holds adapters of PEFT, which would freeze the weights beneath: load model and adapters with PEFT, "
                          "and save what `merge_and_unload()` gives into a folder of its own")
 
+# %% ../../nbs/01_backbones.ipynb #0d9da0ad
 def _load_transformers(source):
     from transformers import AutoModel
     with _silent_transformers():
@@ -418,6 +425,7 @@ def _refuse_other_activation(architecture, tag):
     if 'QuickGELU' in notes and 'quickgelu' not in name:
         raise ValueError(f"timm notes of {weights}: {notes}. Load {weights.replace('_clip_', '_clip_quickgelu_')}")
 
+# %% ../../nbs/01_backbones.ipynb #9a287314
 def load_timm(
     architecture:str, # timm's name of it
     read, # called with a freshly built model, returns the state dict of the checkpoint
@@ -448,7 +456,8 @@ def _load_timm_folder(folder):
     meta = _read_json(folder/'config.json')
     weights = next((folder/n for n in ('model.safetensors', 'pytorch_model.bin') if (folder/n).exists()), None)
     if weights is None: raise ValueError(f"{folder} holds no model.safetensors")
-    return load_timm(meta['architecture'], lambda model: _read_timm(weights), str(folder), meta.get('model_args'), meta.get('pretrained_cfg', meta), folder.name)
+    cfg = meta.get('pretrained_cfg', meta)
+    return load_timm(meta['architecture'], lambda model: _read_timm(weights), str(folder), meta.get('model_args'), cfg, folder.name)
 
 # %% ../../nbs/01_backbones.ipynb #d2e4e300
 def _rounded(backbone, state, dtype):
@@ -460,10 +469,11 @@ def _rounded(backbone, state, dtype):
         held = {f'model.{k}': v.to(state[k].dtype).to(where.device) for k,v in new.items()}
         finite = functional_call(backbone, held, where.new_full((1, 3, *[backbone.spec.size]*2), .5)).isfinite().all()
     if lost or not finite:
-        raise ValueError(f"{backbone.spec.name} cannot be rounded to {dtype}: {f'{lost[0]} would be infinite' if lost else 'its features would be no numbers'}. "
-                         "Save it as it is, or as torch.bfloat16")
+        what = f'{lost[0]} would be infinite' if lost else 'its features would be no numbers'
+        raise ValueError(f"{backbone.spec.name} cannot be rounded to {dtype}: {what}. Save it as it is, or as torch.bfloat16")
     return new
 
+# %% ../../nbs/01_backbones.ipynb #0c7ab82a
 def save_backbone(
     backbone:Backbone, # of any family, fine-tuned or not
     folder:Path, # created if need be
@@ -580,6 +590,17 @@ def load_backbone(
         backbone = _load_known(BACKBONES[name]) if name in BACKBONES else _load_source(name)
         if size is not None: backbone = resized(backbone, replace(backbone.spec, size=size))
         return check_encoder(backbone.eval().float())
+
+# %% ../../nbs/01_backbones.ipynb #46ad10c7
+def describe_encoder(
+    name_or_path:str, # as for `load_backbone`
+    size:int=None, # side of the input in pixels; None: the model's own
+)->str:
+    "What maps of an encoder are read from, in a sentence. Raises where they cannot be read."
+    b = load_backbone(name_or_path, size or None); s = b.spec
+    feature,maps = dict(head=('the output of its pooling head','the row of that head'), **{'class': ('its class token','the row of that token in every block')})[s.pooling]
+    return (f"{s.name} can be measured: {s.grid} x {s.grid} patches of {s.patch} pixels behind {s.n_prefix or 'no'} other tokens, {b.depth} blocks "
+            f"of {b.n_heads} heads; its feature of {b.dim} numbers is {feature}, its maps are {maps}")
 
 # %% ../../nbs/01_backbones.ipynb #cdb4a531
 def attention_projections(

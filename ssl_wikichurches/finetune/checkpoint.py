@@ -80,8 +80,10 @@ def _refuse_another(checkpoint, text):
     if found==(mine := checkpoint.key): return
     differ = [k for k in mine if found.get(k)!=mine[k]] if isinstance(found, dict) else ['how they are written down']
     said = [f'{k} ({found[k]} there, {mine[k]} here)' if isinstance(mine[k], int) and k in found else k for k in differ if k in mine] or differ
-    raise ValueError(f"{checkpoint.path} belongs to another training, which differs in {', '.join(said)}. Go on as it was begun, train in another folder, or delete it")
+    raise ValueError(f"{checkpoint.path} belongs to another training, which differs in {', '.join(said)}. "
+                     "Go on as it was begun, train in another folder, or delete it")
 
+# %% ../../nbs/03A_checkpoint.ipynb #02f38000
 @patch
 def load(self:Checkpoint,
     model:nn.Module, # changed
