@@ -248,7 +248,8 @@ def test_weights_of_a_pooling_head_under_autocast():
 def test_rounding_that_loses_an_encoder(tmp_path):
     b = load_backbone('tiny-clip')
     with torch.no_grad(): b.model.encoder.layers[0].mlp.fc1.weight[0,0] = 1e5
-    with pytest.raises(ValueError, match='cannot be rounded to torch.float16: encoder.layers.0.mlp.fc1.weight would be infinite'): save_backbone(b, tmp_path/'a', torch.float16)
+    with pytest.raises(ValueError, match='cannot be rounded to torch.float16: encoder.layers.0.mlp.fc1.weight would be infinite'):
+        save_backbone(b, tmp_path/'a', torch.float16)
     assert not (tmp_path/'a'/'backbone.json').exists()
     assert load_backbone(save_backbone(b, tmp_path/'b', torch.bfloat16)).dim==96
     b = load_backbone('tiny-supervised'); b.model.norm.eps = 0.
@@ -276,7 +277,8 @@ def test_a_checkpoint_belongs_to_its_encoder(fit, recipe, forty, tmp_path):
     "Two encoders of one shape: what one began is not what the other goes on with."
     steps = -(-len(forty.split.train)//20)
     with stopped_after(2*steps): fit(load_backbone('tiny-siglip'), forty, recipe, 0, 'cpu', tmp_path)
-    with pytest.raises(ValueError, match='differs in the encoder that it started from'): fit(load_backbone('tiny-siglip2'), forty, recipe, 0, 'cpu', tmp_path)
+    with pytest.raises(ValueError, match='differs in the encoder that it started from'):
+        fit(load_backbone('tiny-siglip2'), forty, recipe, 0, 'cpu', tmp_path)
     with pytest.raises(ValueError, match='differs in recipe'): fit(load_backbone('tiny-siglip'), forty, replace(recipe, epochs=4), 0, 'cpu', tmp_path)
     with pytest.raises(ValueError, match=r'differs in seed \(0 there, 1 here\)'): fit(load_backbone('tiny-siglip'), forty, recipe, 1, 'cpu', tmp_path)
     again = fit(load_backbone('tiny-siglip'), forty, recipe, 0, 'cpu', tmp_path); whole = fit(load_backbone('tiny-siglip'), forty, recipe, 0)
@@ -322,7 +324,8 @@ def official(m):
 def test_layouts_that_timm_knows(tmp_path):
     m,folder = timm_folder(tmp_path, 'vit_small_patch14_reg4_dinov2', official, img_size=56); b = load_backbone(folder); x = images(56)
     with torch.no_grad(): torch.testing.assert_close(b(x), m.forward_features((x-b.mean)/b.std)[:,0], atol=1e-5, rtol=1e-5)
-    about = json.loads((folder/'config.json').read_text()); about['model_args']['img_size'] = 70; (folder/'config.json').write_text(json.dumps(about))
+    about = json.loads((folder/'config.json').read_text()); about['model_args']['img_size'] = 70
+    (folder/'config.json').write_text(json.dumps(about))
     refused(folder, r'pos_embed is \(1, 17, 96\) there but \(1, 25, 96\) in the model') # timm would have resampled them
 
 def test_timm_models_that_transformers_saved(tmp_path):
@@ -335,7 +338,8 @@ def test_timm_models_that_transformers_saved(tmp_path):
 POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:0123456789\nsize 123456\n'
 
 @pytest.mark.parametrize('layout', ('saved','timm','transformers','pickled'))
-@pytest.mark.parametrize('content,words', ((POINTER, 'git lfs pull'), (b'<!DOCTYPE html><html><body>Not found</body></html>', 'is a web page'), (b'', 'is empty'), (b'\x00\x01\x02'*40, 'damaged or incomplete')))
+@pytest.mark.parametrize('content,words', ((POINTER, 'git lfs pull'), (b'<!DOCTYPE html><html><body>Not found</body></html>', 'is a web page'),
+                                           (b'', 'is empty'), (b'\x00\x01\x02'*40, 'damaged or incomplete')))
 def test_files_that_are_no_weights(layout, content, words, tmp_path):
     if layout=='saved': folder = save_backbone(load_backbone('tiny-clip'), tmp_path/'m')
     elif layout=='timm': folder = timm_folder(tmp_path, 'vit_tiny_patch16_224')[1]
@@ -362,7 +366,10 @@ def test_configurations_that_were_cut_off(layout, name, tmp_path):
 
 @pytest.mark.parametrize('name', ('tiny-clip','tiny-supervised'))
 def test_gradient_checkpointing_and_capture(name):
-    b,x = load_backbone(name),images(); on = b.model.set_grad_checkpointing if b.spec.family=='timm' else lambda v: getattr(b.model, f"gradient_checkpointing_{'enable' if v else 'disable'}")()
+    b,x = load_backbone(name),images()
+    def on(v):
+        if b.spec.family=='timm': b.model.set_grad_checkpointing(v)
+        else: getattr(b.model, f"gradient_checkpointing_{'enable' if v else 'disable'}")()
     maps = pooled_maps(b, x); on(True)
     assert torch.equal(pooled_maps(b, x), maps) # without gradients nothing is computed twice
     with pytest.raises(ValueError, match='turn gradient checkpointing off'): supervised_maps(b.train(), x, [-1])
@@ -377,3 +384,10 @@ def test_slow_attention_is_named_for_every_family():
     for name in ('tiny-clip','tiny-siglip'):
         b = load_backbone(name); b.model.set_attn_implementation('eager')
         with pytest.raises(RuntimeError, match=r"computes attention by hand.*set_attn_implementation\('sdpa'\)"): pooled_maps(b, images())
+
+def test_the_command_that_checks_a_model(capsys, tmp_path):
+    from ssl_wikichurches.cli import wikichurches_study
+    wikichurches_study(check_model='tiny-siglip')
+    assert 'can be measured: 12 x 12 patches of 8 pixels behind no other tokens, 4 blocks of 4 heads' in capsys.readouterr().out
+    _,folder = timm_folder(tmp_path, 'deit_tiny_distilled_patch16_224')
+    with pytest.raises(SystemExit, match='wikichurches_study: deit.* cannot be measured: its feature is made of tokens 0, 1'): wikichurches_study(check_model=str(folder))
