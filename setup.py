@@ -8,6 +8,7 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 dev = cfg['dev_requirements'].split()
+extras = {name:packages.split(',') for name,packages in (e.split('=', 1) for e in cfg['extras'].split())}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
@@ -15,7 +16,7 @@ setup(
     license='Apache-2.0', python_requires=f">={cfg['min_python']}",
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['ssl_wikichurches*']), package_data={'ssl_wikichurches': ['weights/*/*', 'templates/*']}, zip_safe=False,
-    install_requires=cfg['requirements'].split(), extras_require={'dev': dev},
+    install_requires=cfg['requirements'].split(), extras_require={'dev': dev, **extras},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

@@ -15,10 +15,9 @@ import argparse, time
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches.stats.families import max_t
 from ssl_wikichurches.stats.seeds import crossed_bootstrap, seed_variance
-from ssl_wikichurches.stats.shift import bca_interval
+from ssl_wikichurches.stats.shift import bca_interval, holm
 from ssl_wikichurches.stats.tests import bootstrap_t_interval, draw_shifts, sign_flip_p, wilcoxon_pratt
 
 N,SD,SEEDS,HEADS,SHARED = 139,.04,5,144,.7
@@ -85,7 +84,7 @@ def family(shape, draw, studies, rng):
     alarms = {'Holm of t':[], 'max-T, sign flips':[], 'max-T, bootstrap':[]}
     for k in range(studies):
         d = pd.DataFrame(draw(rng, (N,1))*SHARED**.5+draw(rng, (N,HEADS))*(1-SHARED)**.5)
-        smallest = multipletests(stats.ttest_1samp(d, 0).pvalue, method='holm')[1].min(), *(max_t(d, FAMILY_FLIPS, k, m).p_step_down.min() for m in ('flip','bootstrap'))
+        smallest = holm(pd.Series(stats.ttest_1samp(d, 0).pvalue)).min(), *(max_t(d, FAMILY_FLIPS, k, m).p_step_down.min() for m in ('flip','bootstrap'))
         for hits,p in zip(alarms.values(), smallest): hits.append(p<=.05)
     for method,hits in alarms.items(): yield row(shape, 'family error', method, hits, resamples=FAMILY_FLIPS*(method!='Holm of t'), comparisons=HEADS)
 

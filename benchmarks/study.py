@@ -1,6 +1,7 @@
 """What does it cost to read a study of real size: the former way, metric by metric from long tables, and `open_study`?
 
     python benchmarks/study.py [--folder FOLDER] [--models 6] [--seeds 5] [--images 139] [--variants 12]
+    python benchmarks/study.py --workers # runs per minute of a small study by one worker and by two, and nothing else
 
 The study is made up. Three real runs of one tiny backbone are trained on drawn churches; their scores, maps and features are enlarged to the size of a ViT-B
 (12 blocks, 12 heads and their mean, every metric, 14 x 14 patches, 768 features) and disturbed at random, and copied to 6 models x 10 tiers x 5 seeds and a
@@ -9,7 +10,7 @@ linked, so that a disk of some gigabytes will do. What is read is as long as it 
 
 Both ways run on the same folder in one go. `old` reads one metric as it was done before: `pd.read_parquet` with filters, run by run, from a long table with
 all metrics in one group of rows. `new` opens the study, computes the tables of the headline (what `wikichurches_study` prints), and then all tables of a
-report. Seconds and the peak memory of a fresh process are printed. A folder that was made is used again.
+report. Seconds and the peak memory of a fresh process are printed, and those of `wikichurches_study --dry-run`. A folder that was made is used again.
 """
 import argparse, json, os, resource, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
@@ -123,11 +124,42 @@ def new(root):
     analysis = timed('new: opened, with all tables of a report, written', lambda: analyse(open_study(root)))
     print(f'{len(opened.runs)} runs, {len(analysis.tables)} tables; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20:.2f} GB')
 
+def dry_run(root):
+    "What a start would do, as a shell asks for it: with the start of Python."
+    from ssl_wikichurches.study.plan import read_study
+    study = read_study(root)
+    fields = dict(name=study.name, data=study.data, models=study.models, tiers=study.tiers, seeds=study.seeds, val=study.val)
+    (file := root.with_suffix('.toml')).write_text(''.join(f'{k} = {json.dumps(v)}\n' for k,v in fields.items()))
+    command = [str(Path(sys.executable).with_name('wikichurches_study')), str(file), '--runs', str(root.parent), '--dry-run']
+    said = timed('wikichurches_study --dry-run', lambda: subprocess.run(command, capture_output=True, text=True))
+    print('\n'.join(said.stdout.splitlines()[-2:]) or said.stderr)
+
+def throughput(folder):
+    "The same runs by one worker and by two, each with one thread; a first worker has loaded all there is to load."
+    from ssl_wikichurches.data.synthetic import make_churches
+    from ssl_wikichurches.study.plan import Study
+    from ssl_wikichurches.study.runs import default_executor, run_study
+    data,took = make_churches(folder/'photographs', n=120, n_annotated=24, size=96, seed=1),{}
+    for n in (1,2):
+        study = lambda name, **kw: Study(f'{name}{n}', data=str(data), models=('tiny-clip','tiny-siglip'), val=.3, **kw)
+        with default_executor(n, threads=1) as pool:
+            run_study(study('first', tiers=('lora',), recipes=dict(lora=dict(epochs=1))), folder, pool, device='cpu', progress=False)
+            took[n] = timed(f'{n} worker{"s" if n>1 else ""}: 14 runs', lambda: seconds_of(lambda: run_study(study('timed', seeds=(0,1), recipes=dict(lora=dict(epochs=4), full=dict(epochs=4))), folder, pool, device='cpu', progress=False)))
+    print(f'throughput of two workers against one: {took[1]/took[2]:.2f}')
+
+def seconds_of(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter()-start
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--folder'); p.add_argument('--reads', action='store_true', help=argparse.SUPPRESS)
     for name,value in dict(models=6, seeds=5, images=139, variants=12).items(): p.add_argument(f'--{name}', type=int, default=value)
+    p.add_argument('--workers', action='store_true')
     args = p.parse_args()
+    if args.workers:
+        with tempfile.TemporaryDirectory() as tmp: return throughput(Path(tmp))
     if args.reads: return new(Path(args.folder))
     home = None if args.folder else tempfile.TemporaryDirectory()
     folder = Path(args.folder or home.name)
@@ -138,5 +170,6 @@ def main():
         timed('made', lambda: make(folder, args))
     timed(f'old: one metric of all runs', lambda: old_scores(root, 'iou@90'))
     subprocess.run([sys.executable, __file__, '--folder', str(root), '--reads'], check=True)
+    dry_run(root)
 
 if __name__=='__main__': main()

@@ -1,7 +1,7 @@
 "What several test files need: a small drawn folder, and the real photographs where the machine has them."
 import os, shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 import pytest
 
@@ -12,6 +12,14 @@ def drawn(tmp_path_factory):
     "Sixty drawn photographs of 64 pixels, twelve of them annotated. Not to be changed."
     from ssl_wikichurches.data.synthetic import make_churches
     return make_churches(tmp_path_factory.mktemp('drawn')/'set', n=60, n_annotated=12, size=64, seed=1)
+
+@pytest.fixture(scope='module')
+def few_questions():
+    "What was forgotten is asked of 48 photographs, not 240: for files whose studies are about something else."
+    from ssl_wikichurches.backbones import forgetting
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(forgetting, 'held_out_task', partial(forgetting.held_out_task, n=48))
+        yield
 
 @pytest.fixture
 def folder(drawn, tmp_path):

@@ -1,5 +1,6 @@
 "Processes that a test starts, and what becomes of those that they start."
 import subprocess, time
+from contextlib import contextmanager
 from pathlib import Path
 
 def children(pid):
@@ -26,3 +27,13 @@ def wait_until(happened, most=1800):
     while not happened():
         if time.monotonic()>stop: raise TimeoutError(f'nothing happened in {most} s')
         time.sleep(.02)
+
+@contextmanager
+def as_a_worker(workers):
+    "As many threads as a worker has in a pool of so many: training then gives the same bits as there."
+    import torch
+    from ssl_wikichurches.data.files import available_cores
+    n = torch.get_num_threads()
+    torch.set_num_threads(max(1, available_cores()//workers))
+    try: yield
+    finally: torch.set_num_threads(n)

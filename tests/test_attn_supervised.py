@@ -394,8 +394,9 @@ def test_a_weight_that_vanishes_approaches_it_through_the_other_path(forty, monk
     assert same(full.state, beside.state) and (beside.history.extra_loss>0).all()
 
 @pytest.mark.parametrize('name,more', [('tiny-clip',{}), ('tiny-siglip',dict(kind='kl',stay=.5)), ('tiny-dinov3',dict(kind='cosine',per_head=True,blocks='-2,-1')), ('tiny-clip',dict(precision='bfloat16'))])
-def test_training_pulls_and_can_be_restored(data, name, more):
-    recipe = AttnSupervisedRecipe(epochs=4, batch=30, lr=1e-3, backbone_lr=5e-4, weight=2., ratio=.4, folds=2, **more)
+def test_training_pulls_and_can_be_restored(forty, name, more):
+    data = forty
+    recipe = AttnSupervisedRecipe(epochs=3, batch=20, lr=1e-3, backbone_lr=5e-4, weight=2., ratio=.4, folds=2, **more)
     start = load_backbone(name)
     names = crossfit_parts(data, recipe)[0]
     items = ChurchDataset(data.churches, names, eval_transform(96))
@@ -430,9 +431,9 @@ def test_a_killed_training_ends_with_the_same_bits(forty, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match='another training'): fit_attn_supervised(load_backbone('tiny-clip'), fewer, recipe, 5, 'cpu', tmp_path)
 
 @pytest.mark.parametrize('control', BOXES)
-def test_held_out_boxes_are_never_read(data, control):
+def test_held_out_boxes_are_never_read(forty, control):
     "Other boxes on the held-out fold give the same weights to the last bit."
-    data = replace(data, split=replace(data.split, eval=make_split(data.churches).eval)) # enough churches of each style to exchange boxes
+    data = replace(forty, split=replace(forty.split, eval=make_split(forty.churches).eval)) # enough churches of each style to exchange boxes
     recipe = AttnSupervisedRecipe(epochs=1, batch=30, lr=1e-3, folds=2, boxes=control)
     held = crossfit_parts(data, recipe)[1]
     boxes = data.churches.boxes.copy()

@@ -87,8 +87,10 @@ def test_a_study_of_frozen_backbones_prints_its_table_and_gets_a_report(drawn, t
     out = capsys.readouterr().out
     assert 'tiny-clip' in out and out.rstrip().endswith(f"report: {tmp_path/'bare'/'report.html'}") and (tmp_path/'bare'/'report.html').stat().st_size>1000
 
-def test_the_line_names_run_exception_and_file(drawn, tmp_path):
-    with pytest.raises(SystemExit, match=r"^wikichurches_study: 1 of 1 runs failed.*lost-frozen: ValueError.*\(see .*lost-frozen/error.txt\)$"):
-        study(drawn, tmp_path, 'lost=no/such/folder')
+def test_the_line_names_run_exception_and_file(drawn, tmp_path, monkeypatch):
     with pytest.raises(RunsFailed) as failure: study(drawn, tmp_path, 'lost=no/such/folder', debug=True)
     assert 'Traceback' in str(failure.value.__cause__.__cause__) # of the worker
+    def fails_so(*args, **kwargs): raise failure.value
+    monkeypatch.setattr('ssl_wikichurches.study.runs.run_study', fails_so) # without another worker
+    with pytest.raises(SystemExit, match=r"^wikichurches_study: 1 of 1 runs failed.*lost-frozen: ValueError.*\(see .*lost-frozen/error.txt\)$"):
+        study(drawn, tmp_path, 'lost=no/such/folder')

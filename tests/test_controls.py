@@ -28,7 +28,7 @@ TIERS = ('full','block_expansion','random_labels','other_task','random_init','ra
 RECIPES = dict(full=dict(epochs=1, lr=1e-2, backbone_lr=1e-3), block_expansion=dict(epochs=1, every=2, lr=1e-2))
 
 @pytest.fixture(scope='module')
-def done(drawn, tmp_path_factory):
+def done(drawn, few_questions, tmp_path_factory):
     "A complete study with all controls and two seeds. Not to be changed."
     study = Study('controlled', data=str(drawn), models=('tiny-clip',), tiers=TIERS, seeds=(0,1), size=64, val=.3, recipes=RECIPES)
     with ThreadPoolExecutor(1) as pool: return run_study(study, tmp_path_factory.mktemp('runs'), pool, device='cpu', progress=False)
@@ -285,6 +285,8 @@ def test_contrasts_against_an_analysis_of_variance(done):
     assert [*found[found.tier=='block_expansion'].minus]==['random_labels-block_expansion','other_task','random_init']
 
 def test_rescored_with_their_start(root):
+    study = json.loads((root/'study.json').read_text())
+    (root/'study.json').write_text(json.dumps(study|dict(tiers=['full','random_init'], seeds=[0], recipes={})))
     before = open_study(root).scores(kind='control')
     for name in ('start.parquet','metrics.parquet'):
         f = root/'tiny-clip-random_init-seed0'/name
@@ -294,9 +296,10 @@ def test_rescored_with_their_start(root):
     assert 'tiny-clip-random_init-seed0' in rescore(open_study(root), progress=False) and open_study(root).scores(kind='control').equals(before)
 
 def test_report_and_result_files(root):
-    html = write_report(analyse(open_study(root))).read_text()
+    analysis = analyse(open_study(root))
+    html = write_report(analysis).read_text()
     assert 'Is it the task?' in html and 'random_labels-block_expansion' in html and 'What may be said' in html
-    saved = save_results(analyse(open_study(root)), root/'small')
+    saved = save_results(analysis, root/'small')
     assert len(pd.read_csv(saved/'controls.csv'))==4 and [*pd.read_csv(saved/'verdicts.csv').tier]==['full','block_expansion']
     table = control_table(open_study(root)).set_index('tier')
     assert table.loc['random_labels-block_expansion','of']=='block_expansion' and table.loc['other_task','classes'].count(' Land')==3

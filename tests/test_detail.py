@@ -25,7 +25,7 @@ from ssl_wikichurches.study.report import write_report
 from ssl_wikichurches.study.tables import study_table
 
 @pytest.fixture(scope='module')
-def done(drawn, tmp_path_factory):
+def done(drawn, few_questions, tmp_path_factory):
     "A complete study with two seeds. Not to be changed."
     recipes = dict(linear=dict(epochs=1), lora=dict(epochs=1, lr=3e-2))
     study = Study('deep', data=str(drawn), models=('tiny-clip','tiny-siglip'), tiers=('linear','lora'), seeds=(0,1), size=64, val=.3, recipes=recipes)

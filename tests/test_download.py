@@ -257,7 +257,7 @@ def kill_after(server, process, n, *args, **kw):
     p.join(60); server.at = None
     return p.exitcode
 
-@pytest.mark.parametrize('images, kills', [('all', 10), (NAMES[:100], 10)])
+@pytest.mark.parametrize('images, kills', [('all', 5), (NAMES[:100], 5)])
 def test_killed_at_random_points_and_resumed(server, process, tmp_path, images, kills):
     rng,folder = random.Random(5),tmp_path/'wc'
     whole = sum(len(b) for n,b in FILES.items() if n not in ('images.zip','image_meta.json')) + (len(FILES['images.zip']) if images=='all' else 100*20_000)
@@ -411,7 +411,7 @@ def test_failures_while_the_list_is_read(server, tmp_path, naps):
 
 def test_what_is_no_archive(server, tmp_path):
     server.files['images.zip'] = b'<html>'*20_000
-    with pytest.raises(OSError, match='cannot be read as a zip archive'): get(server, tmp_path/'wc')
+    with pytest.raises(OSError, match='images.zip.*cannot be read'): get(server, tmp_path/'wc')
 
 def test_an_archive_that_swells(server, tmp_path):
     "A member is never longer than the list says."

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq, pytest, torch
 from safetensors.torch import load_file
-from processes import alive, children, wait_until
+from processes import alive, as_a_worker, children, wait_until
 from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches.finetune import full as full_module
 from ssl_wikichurches.study import runs as runs_module
@@ -126,19 +126,20 @@ def test_only_what_is_missing_runs(root, monkeypatch):
 
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc, to see whether the workers have ended')
 def test_kill_minus_nine_in_the_middle(drawn, tmp_path):
-    "The process is killed while runs are under way; its workers end themselves, and the same command ends with the same table."
-    command = [str(Path(sys.executable).with_name('wikichurches_study')), '--name', 'killed', '--data', str(drawn), '--models', 'tiny-clip', '--seeds', '0,1',
-               '--size', '64', '--val', '.3', '--recipe', 'linear.epochs=2,lora.epochs=4,full.epochs=4', '--runs']
-    process = subprocess.Popen([*command, str(tmp_path/'a')], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    "The process is killed while runs are under way; its workers end themselves, and the study of its folder, begun again, ends with the same table as one that was not killed."
+    command = [str(Path(sys.executable).with_name('wikichurches_study')), '--name', 'killed', '--data', str(drawn), '--models', 'tiny-clip', '--workers', '2',
+               '--size', '64', '--val', '.3', '--recipe', 'linear.epochs=2,lora.epochs=2,full.epochs=2', '--runs', str(tmp_path/'a')]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     root = tmp_path/'a'/'killed'
-    wait_until(lambda: len(list(root.glob('*/run.json')))>=2 or process.poll() is not None)
+    wait_until(lambda: list(root.glob('*/run.json')) or process.poll() is not None)
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL); process.wait()
     finished = {p:p.stat().st_mtime_ns for p in root.glob('*/run.json')}
-    assert 2<=len(finished)<7 and len(workers)>=2
+    assert 1<=len(finished)<4 and len(workers)>=2
     wait_until(lambda: not any(map(alive, workers)))
-    for runs in ('a','b'): assert subprocess.run([*command, str(tmp_path/runs)], capture_output=True).returncode==0
-    assert all(p.stat().st_mtime_ns==t for p,t in finished.items())
+    with as_a_worker(2):
+        for runs in ('a','b'): here(open_study(root).study, tmp_path/runs)
+    assert not open_study(root).missing and all(p.stat().st_mtime_ns==t for p,t in finished.items())
     pd.testing.assert_frame_equal(study_table(open_study(root)), study_table(open_study(tmp_path/'b'/'killed')), check_exact=True)
 
 def test_a_worker_that_dies_is_named_and_finished_runs_stay(drawn, tmp_path):
@@ -185,7 +186,7 @@ def test_a_failing_run_leaves_its_trace_until_it_succeeds(drawn, tmp_path, monke
     assert not (folder/'run.json').exists() and not list(tmp_path.glob('*/*frozen/error.txt'))
     assert not [h for h in logging.getLogger().handlers if isinstance(h, runs_module.RunLog)]
     before = (folder/'error.txt').read_bytes()
-    with pytest.raises(ValueError, match='another recipe'): execute(replace(study_runs(study, 'key')[1], seed=0), tmp_path/'brief')
+    with pytest.raises(ValueError, match='other data'): execute(replace(study_runs(study, 'key')[1], seed=0), tmp_path/'brief')
     assert (folder/'error.txt').read_bytes()==before
     monkeypatch.setattr(full_module, 'fit_full', fit)
     here(study, tmp_path)
@@ -257,8 +258,8 @@ def test_seeds_are_averaged_and_counted(drawn, tmp_path):
     assert study_table(open_study(root)).seeds.tolist()==[3]
 
 def test_default_executor_equals_one_process(done, drawn, tmp_path):
-    root = run_study(brief(drawn, models=('tiny-siglip',)), tmp_path, workers=2, device='cpu', progress=False)
-    a,b = study_table(open_study(root)), study_table(open_study(done)).query("model=='tiny-siglip'").reset_index(drop=True)
+    root = run_study(brief(drawn, models=('tiny-siglip',), tiers=('linear','full')), tmp_path, workers=1, device='cpu', progress=False)
+    a,b = study_table(open_study(root)), study_table(open_study(done)).query("model=='tiny-siglip' and tier!='lora'").reset_index(drop=True)
     linear = a.tier=='linear'
     assert (a['shift'][linear]==0).all()
     pd.testing.assert_frame_equal(a[['model','tier','before']], b[['model','tier','before']], check_exact=True) # measured alike

@@ -419,7 +419,7 @@ def test_refusals():
 def test_real_vit_tiny(real):
     b = load_backbone(f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}")
     churches = load_churches(real/'photos', verify=False); split = make_split(churches)
-    data = TrainData(churches, replace(split, train=split.train[::8], val=split.val[::4], eval=split.eval[::6]), 224)
+    data = TrainData(churches, replace(split, train=split.train[::12], val=split.val[::4], eval=split.eval[::12]), 224)
     train,val = (pooled_features(b, data.loader(p)) for p in ('train','val'))
     model = StyleModel(b, logistic_probe(train, val, torch.ones(4))[0]).eval()
     items = [data.loader('eval').dataset[i] for i in range(len(data.split.eval))]

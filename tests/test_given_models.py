@@ -168,8 +168,13 @@ def test_adapters_do_not_drop_out_unasked():
 def test_adapters_in_a_folder_are_not_applied_unsaid(tmp_path):
     folder = hugging_folder(tmp_path/'m', 'tiny-clip')
     peft.get_peft_model(load_backbone('tiny-clip').model, peft.LoraConfig(target_modules=['q_proj'], init_lora_weights=False)).save_pretrained(folder)
-    refused(folder, 'holds adapters of PEFT.*merge_and_unload')
-    (folder/'config.json').unlink(); refused(folder, 'holds adapters of PEFT')
+    refused(folder, 'holds a model and adapters of peft.*merge_and_unload')
+    timm_folder(tmp_path, 'vit_tiny_patch16_224'); (tmp_path/'vit_tiny_patch16_224'/'adapter_config.json').write_text('{}')
+    refused(tmp_path/'vit_tiny_patch16_224', 'holds a model and adapters of peft')
+    (folder/'config.json').unlink(); refused(folder, 'does not say of which backbone')
+    save_backbone(load_backbone('tiny-clip'), folder/'base'); merged = load_backbone(folder)
+    assert all(p.requires_grad for p in merged.parameters()) and not hasattr(merged.model, 'peft_config')
+    assert not torch.equal(pooled_maps(merged, images()), pooled_maps(load_backbone('tiny-clip'), images()))
 
 def test_full_fine_tuning_of_a_frozen_backbone_is_refused(data):
     with pytest.raises(ValueError, match='no weight of tiny-clip can be trained'): fit_full(load_backbone('tiny-clip').requires_grad_(False), data, FullRecipe(epochs=1))

@@ -417,7 +417,7 @@ def test_power_curve_against_statsmodels_and_simulation():
 def test_null_studies_small_and_committed(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
     import null_studies
-    small = null_studies.null_studies(10); kept = pd.read_csv(ROOT/'results'/'statistics'/'null_studies.csv')
+    small = null_studies.null_studies(5); kept = pd.read_csv(ROOT/'results'/'statistics'/'null_studies.csv')
     key = ['shape','measure','method','seed_sd']
     assert [tuple(r) for r in small[key[:3]].to_numpy()]==[tuple(r) for r in kept[key[:3]].to_numpy()] and np.allclose(small.seed_sd, kept.seed_sd)
     off = np.abs(small.rate-kept.rate)/np.sqrt(kept.rate*(1-kept.rate)/small.studies)

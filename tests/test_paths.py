@@ -34,12 +34,12 @@ def small(drawn, name, **changes):
 def of(tiers): return {t:r for t,r in RECIPES.items() if t in tiers or '-' not in t}
 
 @pytest.fixture(scope='module')
-def done(drawn, tmp_path_factory):
+def done(drawn, few_questions, tmp_path_factory):
     "All kinds of tiers, one model. Not to be changed."
     return run(small(drawn, 'kinds', tiers=TIERS, recipes=of(TIERS)), tmp_path_factory.mktemp('runs'))
 
 @pytest.fixture(scope='module')
-def seeded(drawn, tmp_path_factory):
+def seeded(drawn, few_questions, tmp_path_factory):
     "Two models, two seeds, in another geometry. Not to be changed."
     tiers = ('linear','lora','full')
     return run(small(drawn, 'seeds', models=('tiny-clip','tiny-mae'), tiers=tiers, seeds=(0,3), geometry='letterbox', recipes=of(tiers)), tmp_path_factory.mktemp('runs'))

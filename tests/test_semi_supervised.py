@@ -24,7 +24,7 @@ from ssl_wikichurches.finetune.semi_supervised import (METHODS, LABEL_FILE, Self
                                               hide_labels, label_pool, label_quality, own_chance, pseudo_labels, read_pseudo_labels, recipe_views, strong_transform, teaching,
                                               unlabelled, unlabelled_loss, view_batches)
 from ssl_wikichurches.data.splits import class_labels, load_split, make_split
-from ssl_wikichurches.data.synthetic import DRAWN_STYLES, read_hidden_styles
+from ssl_wikichurches.data.synthetic import DRAWN_STYLES, make_churches, read_hidden_styles
 
 DRAWN_STYLES = [*STYLES.values()]
 
@@ -36,8 +36,10 @@ def model(name): return timm_model(name) if name==TIMM else load_backbone(name)
 @pytest.fixture(scope='module')
 def few(data):
     "Labels of three tenths of the training churches; the hidden truth."
-    churches,split,truth = hide_labels(data.churches, data.split, .3)
-    return replace(data, churches=churches, split=replace(split, val=split.val[::2])),truth
+    churches = data.churches
+    churches = replace(churches, images=churches.images.drop(drawn_without(data)[::2])) # thirty without a label are enough
+    churches,split,truth = hide_labels(churches, data.split, .3)
+    return replace(data, churches=churches, split=replace(split, val=split.val[::4])),truth
 
 def drawn_without(data):
     "The photographs that the drawn set has without a label."
@@ -353,10 +355,11 @@ def test_the_default_set_has_a_pool_and_hides_what_it_is(data, tmp_path):
     pd.testing.assert_frame_equal(a.pseudo_labels, b.pseudo_labels, check_exact=True)
 
 def test_a_study_trains_it_by_name(tmp_path):
-    study = Study('semi', models=('tiny-clip',), tiers=('linear','full','semi_supervised'), size=64, val=.7, recipes=dict(linear=dict(epochs=1), full=dict(epochs=1, lr=1e-2, backbone_lr=2e-4), semi_supervised=dict(tau=.3, passing=1.)))
+    drawn = make_churches(tmp_path/'drawn', n=60, n_annotated=12, size=64, seed=1, unlabelled=12)
+    study = Study('semi', data=str(drawn), models=('tiny-clip',), tiers=('full','semi_supervised'), size=64, val=.3, recipes=dict(full=dict(epochs=1, lr=1e-2, backbone_lr=2e-4), semi_supervised=dict(tau=.3, passing=1.)))
     with ThreadPoolExecutor(1) as pool: root = run_study(study, tmp_path, pool, device='cpu', progress=False)
     said = read_pseudo_labels(root/'tiny-clip-semi_supervised-seed0')
-    churches = load_churches('synthetic')
+    churches = read_churches(drawn)
     assert {*said.image}=={*unlabelled(churches, load_split(root/'split.json'))} and said.accepted.any()
     a,b = (load_file(root/f'tiny-clip-{t}-seed0'/'model.safetensors') for t in ('full','semi_supervised'))
     assert a.keys()==b.keys() and not same(a, b)

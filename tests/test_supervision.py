@@ -19,7 +19,7 @@ from ssl_wikichurches.study.tables import cost_table, study_table
 RECIPES = {'full':dict(epochs=1, lr=1e-2, backbone_lr=1e-3), 'attn_supervised':dict(folds=3, ratio=.5), 'attn_supervised-prior':dict(boxes='prior')}
 
 @pytest.fixture(scope='module')
-def done(drawn, tmp_path_factory):
+def done(drawn, few_questions, tmp_path_factory):
     "A complete study with two models, two seeds and three folds. Not to be changed."
     study = Study('taught', data=str(drawn), models=('tiny-clip','tiny-siglip'), tiers=tuple(RECIPES), seeds=(0,1), size=64, val=.3, recipes=RECIPES)
     with ThreadPoolExecutor(1) as pool: return run_study(study, tmp_path_factory.mktemp('runs'), pool, device='cpu', progress=False)
@@ -170,11 +170,16 @@ def test_a_leak_between_folders_is_refused(root, monkeypatch):
     with pytest.raises(ValueError, match='supervised and measured'): supervised_runs(open_study(root))
 
 def test_report_and_result_files(root, tmp_path):
-    text = write_report(analyse(open_study(root))).read_text()
+    analysis = analyse(open_study(root))
+    text = write_report(analysis).read_text()
     assert 'Attention pulled into boxes' in text and text.count('attn_supervised-prior')>=2
     assert 'attn_supervised' not in text.split('Attention pulled into boxes')[0].split('<h2>Shift</h2>')[1]
-    folder = save_results(analyse(open_study(root)), tmp_path/'small')
+    folder = save_results(analysis, tmp_path/'small')
     assert pd.read_csv(folder/'supervised.csv').tier.tolist()==supervised_table(open_study(root)).tier.tolist() and len(pd.read_csv(folder/'contrasts.csv'))==6
+
+def test_scores_come_back_from_the_maps(root):
+    study = json.loads((root/'study.json').read_text())
+    (root/'study.json').write_text(json.dumps(study|dict(models=['tiny-clip'], seeds=[0]))) # of eight runs
     before = supervised_scores(open_study(root))
     for f in [*root.glob('*/metrics.parquet'), *root.glob('*/means.parquet')]: f.unlink()
     rescore(open_study(root), progress=False)

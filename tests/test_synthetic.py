@@ -299,9 +299,34 @@ def cues(evidence, strength, n=160):
         hits.append(synthetic._cue((DRAWN_STYLES[k%4],), rng, evidence, strength)==k%4)
     return np.mean(hits)
 
-@pytest.mark.parametrize('evidence,strength,expected', [('parts',1,.25), ('shortcut',1,1), ('mixed',1,1), ('shortcut',.5,.625), ('shortcut',0,.25)])
+@pytest.mark.parametrize('evidence,strength,expected', [('parts',1,.25), ('shortcut',1,1), ('mixed',1,1), ('shortcut',.5,.625), ('shortcut',0,.25), ('boxed',1,1),
+                                                        ('boxed',.5,.625), ('none',1,.25)])
 def test_banner_follows_the_style_as_often_as_it_should(evidence, strength, expected):
     assert cues(evidence, strength)==pytest.approx(expected, abs=.12)
+
+@pytest.mark.parametrize('k', range(8))
+def test_two_worlds_differ_in_nothing_but_where_the_color_is(k, monkeypatch):
+    monkeypatch.setattr(synthetic, 'develop', lambda image, rng: image) # which sets the brightness of the whole picture
+    (a,banner),(b,door),(c,bare) = (draw_church(DRAWN_STYLES[k%4], (3,k), 96, evidence=e, banner=not gone)
+                                    for e,gone in (('shortcut',False), ('boxed',False), ('boxed',True)))
+    cue,portal = (next(i for i in found if i.slot=='cue') for found in (banner,door))
+    assert not cue.clear and portal.clear and portal.part=='Round Arch Portal'
+    assert portal.mask.mean()==pytest.approx(cue.mask.mean(), rel=.35) # the banner has a pole, too
+    a,b,c = (np.asarray(x).astype(int) for x in (a,b,c))
+    grown = lambda m: np.pad(m, 1)[:-2,1:-1]|np.pad(m, 1)[2:,1:-1]|np.pad(m, 1)[1:-1,:-2]|np.pad(m, 1)[1:-1,2:]|m # pixels that a part covers by less than half
+    assert not (abs(b-c).max(-1)>0)[~grown(grown(portal.mask))].any() and not (abs(a-c).max(-1)>0)[~grown(grown(cue.mask))].any()
+    shade = lambda x, m: x[m].mean()
+    assert shade(b, portal.mask)==pytest.approx(shade(a, cue.mask), rel=.15)
+
+def test_in_a_world_without_evidence_a_style_changes_nothing():
+    one,other = (draw_church(s, 11, 64, evidence='none')[0].tobytes() for s in ('Gothic','Baroque'))
+    assert one==other
+    with pytest.raises(ValueError, match='nothing to weaken'): draw_church('Gothic', 11, 64, evidence='none', strength=.5)
+
+def test_a_painted_portal_is_boxed_in_every_photograph(tmp_path):
+    root = make_churches(tmp_path/'a', n=24, n_annotated=24, size=64, seed=7, evidence='boxed', several=0.)
+    cues = read_truth(root).query("slot=='cue'")
+    assert len(cues)==24 and cues.boxed.all()
 
 def test_without_the_banner_only_the_banner_is_gone():
     a,found = draw_church('Gothic', 9, 96, evidence='shortcut')

@@ -1,5 +1,6 @@
 "The loop as a lab would run it: killed and resumed, selected, stopped early, in parts, in half precision; groups by depth; the probe's optimum."
 import itertools, json, signal, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 import numpy as np, pandas as pd, pytest, torch
@@ -7,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
-from processes import alive, children, wait_until
+from processes import alive, as_a_worker, children, wait_until
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.attention.capture import pooled_maps
 from ssl_wikichurches.backbones.encoders import TINY, load_backbone
-from ssl_wikichurches.data.files import read_tensors
+from ssl_wikichurches.data.files import available_cores, read_tensors
 from ssl_wikichurches.finetune.checkpoint import put_tensors, trained_tensors
 from ssl_wikichurches.finetune.devices import Team
 from ssl_wikichurches.finetune.tiers import TIERS
@@ -73,8 +74,9 @@ def test_tensors_of_another_model_are_not_put():
 
 def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
     study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=20)))
-    whole = run_study(study, tmp_path/'a', workers=1, progress=False)/'tiny-clip-full-seed0'
-    script = f"from ssl_wikichurches.study.runs import *\nfrom ssl_wikichurches.study.plan import Study\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, progress=False)"
+    one_core = 'import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n' # so that its worker has one thread
+    with as_a_worker(available_cores()), ThreadPoolExecutor(1) as pool: whole = run_study(study, tmp_path/'a', pool, device='cpu', progress=False)/'tiny-clip-full-seed0'
+    script = f"{one_core}from ssl_wikichurches.study.runs import *\nfrom ssl_wikichurches.study.plan import Study\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, device='cpu', progress=False)"
     (tmp_path/'go.py').write_text(script)
     process = subprocess.Popen([sys.executable, str(tmp_path/'go.py')])
     folder = tmp_path/'b/s/tiny-clip-full-seed0'
@@ -83,7 +85,7 @@ def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
     process.send_signal(signal.SIGKILL); process.wait()
     assert workers and (folder/'checkpoint.safetensors').is_file() and not (folder/'run.json').is_file()
     wait_until(lambda: not any(map(alive, workers))) # they end with their parent
-    run_study(study, tmp_path/'b', workers=1, progress=False)
+    with as_a_worker(available_cores()), ThreadPoolExecutor(1) as pool: run_study(study, tmp_path/'b', pool, device='cpu', progress=False)
     assert same(read_tensors(folder/'model.safetensors')[0], read_tensors(whole/'model.safetensors')[0])
     assert not (folder/'checkpoint.safetensors').is_file() and len(pd.read_csv(folder/'history.csv'))==20
 

@@ -384,8 +384,8 @@ def _vision_config(source):
 
 def _refuse_adapters(source):
     if _beside(source, 'adapter_config.json', needed=False):
-        raise ValueError(f"{source} holds adapters of PEFT, which would freeze the weights beneath: load model and adapters with PEFT, "
-                         "and save what `merge_and_unload()` gives into a folder of its own")
+        raise ValueError(f"{source} holds a model and adapters of peft, which would be put on it unsaid, with all weights beneath frozen: keep the adapters in a folder "
+                         "of their own, which is loaded merged (`hub:` in front of a repository), or save what `merge_and_unload()` gives")
 
 # %% ../../nbs/01_backbones.ipynb #0d9da0ad
 def _load_transformers(source):
@@ -516,13 +516,26 @@ def _hub(repo):
                       "no such model, or its license is not yet accepted. "
                       f"Where there is a network, `hf download {repo} --local-dir FOLDER`, then load_backbone('FOLDER')") from e
 
+# %% ../../nbs/01_backbones.ipynb #0b1c4b84
+def _load_adapted(folder):
+    "Adapters of peft, merged into the backbone that they are for: in `base` beside them, or of the hub."
+    from peft import PeftModel
+    about = _read_json(folder/'adapter_config.json')
+    base = folder/'base' if (folder/'base').is_dir() else about.get('base_model_name_or_path')
+    if not base: raise ValueError(f"{folder} holds adapters and does not say of which backbone")
+    backbone = _load_source(str(base))
+    backbone.model = PeftModel.from_pretrained(backbone.model, str(folder)).merge_and_unload()
+    hints = _read_json(path) if (path := folder/'preprocessor_config.json').exists() else {}
+    spec = replace(backbone.spec, name=folder.name, source=str(folder), size=hints.get('size', {}).get('height', backbone.spec.size))
+    return resized(backbone, spec)
+
 # %% ../../nbs/01_backbones.ipynb #916cff4e
 def _load_folder(folder):
-    "Saved by `save_backbone`, or in the layout of timm or transformers."
+    "Saved by `save_backbone`, or in the layout of peft, timm or transformers."
     if (folder/'backbone.json').exists(): return _load_saved(folder)
-    if not (folder/'config.json').exists():
-        _refuse_adapters(folder)
-        raise ValueError(f"{folder} is no backbone: it holds neither backbone.json nor config.json")
+    adapted,known = ((folder/n).exists() for n in ('adapter_config.json','config.json'))
+    if adapted: return _refuse_adapters(folder) if known else _load_adapted(folder)
+    if not known: raise ValueError(f"{folder} is no backbone: it holds neither backbone.json nor config.json")
     if 'architecture' in _read_json(folder/'config.json'): return _load_timm_folder(folder)
     return _load_transformers(str(folder))
 
@@ -532,11 +545,21 @@ def _fetch_timm(model):
     if not repo: raise ValueError(f"timm has no weights for {model.pretrained_cfg['architecture']} on the hub; use timm/<model>@<checkpoint>")
     with _hub(repo): return load_state_dict_from_hf(repo)
 
+# %% ../../nbs/01_backbones.ipynb #3a32d020
+def _load_published(name):
+    "Whatever layout a repository of the hub has."
+    from huggingface_hub import snapshot_download
+    repo = name.removeprefix('hub:')
+    with _hub(repo): folder = Path(snapshot_download(repo))
+    backbone = _load_folder(folder)
+    return resized(backbone, replace(backbone.spec, name=repo.rpartition('/')[2], source=name))
+
 # %% ../../nbs/01_backbones.ipynb #d2b496f8
 def _load_source(name):
     "A backbone from a folder, a local timm checkpoint or the hub."
     folder = Path(name)
     if folder.is_dir(): return _load_folder(folder)
+    if name.startswith('hub:'): return _load_published(name)
     architecture,_,file = name.removeprefix('timm/').partition('@')
     if name.startswith('timm/') and file:
         if not Path(file).is_file(): raise FileNotFoundError(f"there is no checkpoint {file}")
@@ -580,7 +603,7 @@ def _load_known(spec):
 
 # %% ../../nbs/01_backbones.ipynb #d4b32003
 def load_backbone(
-    name_or_path:str, # key of `BACKBONES`, hub id, `timm/<model>`, `timm/<model>@<checkpoint>`, or a folder
+    name_or_path:str, # key of `BACKBONES`, hub id, `hub:<repository>`, `timm/<model>`, `timm/<model>@<checkpoint>`, or a folder
     size:int=None, # side of the input in pixels, a multiple of the patch; None: the model's own
 )->Backbone: # in evaluation mode, float32, on the CPU
     "The one way to get an encoder. The same name gives the same weights, and the global random state stays where it is."

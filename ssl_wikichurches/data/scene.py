@@ -187,13 +187,20 @@ def raise_banner(
     rng:np.random.Generator,
     y:float, # height of the church's foot, as a fraction of the picture
     color:int, # 0 to 3, index in `CUES`; None: the place stays empty
+    portal:float=None, # where the portal is, as a fraction of the width: paint that instead, as large as the cloth
 ):
-    "Plant a banner beside the church, left or right."
+    "Plant a banner beside the church, left or right; or set a painted portal of the same area in front of it."
     x,w,h = rng.choice((rng.uniform(.02,.1), rng.uniform(.76,.84))),rng.uniform(.14,.18),rng.uniform(.3,.38)
     low,gain = y-rng.uniform(.03,.07),rng.uniform(.9,1.1)
     if color is None: return
-    pen.palette |= dict(cue=np.array(CUES[color])*gain)
-    pen.draw('banner', x, low, w, h, slot='cue')
+    cue = np.array(CUES[color])*gain
+    if portal is None:
+        pen.palette |= dict(cue=cue)
+        return pen.draw('banner', x, low, w, h, slot='cue')
+    w,h = .94*w,.4*h
+    pen.palette |= dict(trim=cue, door=cue, dark=.6*cue)
+    pen.draw('Round Arch Portal', portal-w/2, max(y,.04)-.02, w, h+(.5-np.pi/8)*w, slot='cue') # a round arch lacks that share of its rectangle
+
 
 # %% ../../nbs/00d_scene.ipynb #0885e1cf
 def develop(

@@ -246,7 +246,7 @@ def _build(site, plan):
 class Instance(NamedTuple):
     "One element of a photograph; lengths are fractions of its side."
     part:str # name; in lower case if it is no part of the ontology
-    slot:str # place in the building; 'cue' for the banner
+    slot:str # place in the building; 'cue' for the banner or the painted portal
     evidence:float # for the style of the church, in nats
     clear:bool # could an expert box it?
     left:float
@@ -288,15 +288,15 @@ def _instances(pen, scale, evidence):
     return {k: i for k,i in found.items() if i is not None}
 
 # %% ../../nbs/00e_synthetic.ipynb #345afc3d
-EVIDENCE = ('parts','shortcut','mixed')
+EVIDENCE = ('parts','shortcut','mixed','boxed','none')
 
 def _cue(styles, rng, evidence, strength):
-    "Color of the banner."
+    "Color of the banner, or of the painted portal."
     by_chance,follows = int(rng.integers(4)),rng.random()<strength
-    return DRAWN_STYLES.index(styles[0]) if follows and evidence!='parts' else by_chance
+    return DRAWN_STYLES.index(styles[0]) if follows and evidence in ('shortcut','mixed','boxed') else by_chance
 
 # %% ../../nbs/00e_synthetic.ipynb #157e75b4
-def _photograph(plan, rng, size, cue, crowd=True):
+def _photograph(plan, rng, size, cue, crowd=True, boxed=False):
     "A picture of a building, and all its instances by the number of their element."
     scale,H = 4 if size<=128 else 2,plan['height']
     pen = Pen(scale*size, dict(plan['palette']), plan['tiles'])
@@ -305,40 +305,42 @@ def _photograph(plan, rng, size, cue, crowd=True):
     camera = _camera(np.array([(-.5,0,0),(.5,0,0),(0,H+plan['steep'],0),(.5,.5*H,-.6*plan['depth']),*tips]), pen.size, rng)
     azimuth,height,ambient = rng.uniform(-1.2,1.2),rng.uniform(.2,.9),rng.uniform(.55,.95)
     sun = np.array([np.sin(azimuth)*np.cos(height),np.sin(height),np.cos(azimuth)*np.cos(height)])
-    foot,site = 1-camera[1,3]/camera[2,3]/pen.size,_Site(pen, camera, sun, ambient)
+    middle,foot = (camera[:2,3]/camera[2,3]/pen.size-(0,1))*(1,-1) # of the front, where it meets the ground
+    site = _Site(pen, camera, sun, ambient)
     sky(pen, rng); ground(pen, rng, foot)
     _build(site, plan)
     x,w,h,builders = rng.uniform(-.5,.1),rng.uniform(.3,.5),rng.uniform(.4,.9),rng.random()<.08
     if builders and crowd: site.wall((0,0,.06)).draw('scaffold', x, 0, w, h*H)
     pen.move(shade=.5+.5*ambient)
     if crowd: passers(pen, rng, foot)
-    raise_banner(pen, rng, foot, cue)
+    raise_banner(pen, rng, foot, cue, middle if boxed else None)
     return develop(pen.image.reduce(scale), rng),_instances(pen, scale, plan['evidence'])
 
 # %% ../../nbs/00e_synthetic.ipynb #156ae61d
-def _check_photograph(size, evidence):
+def _check_photograph(size, evidence, strength):
     if size<_MIN_SIZE: raise ValueError(f"size is {size}: below {_MIN_SIZE} pixels the parts cannot be told apart")
     if evidence not in EVIDENCE: raise ValueError(f"evidence is {evidence!r}: expected one of {EVIDENCE}")
+    if evidence=='none' and strength!=1: raise ValueError(f"strength is {strength}: in a world where nothing tells there is nothing to weaken")
 
 def draw_church(
     styles:tuple, # name of a style, of `DRAWN_STYLES`, or names of two
     seed:int, # or a sequence of ints: which building
     size:int=224, # side of the square photograph, in pixels, at least 64
     photo:int=0, # another number is another photograph of the same building
-    evidence:str='parts', # what tells the style: 'parts', 'shortcut' (the banner's color) or 'mixed'
+    evidence:str='parts', # what tells the style: 'parts', 'shortcut' (the banner's color), 'mixed', 'boxed' (the portal's color) or 'none'
     strength:float=1., # how clearly it tells, 0 to 1
-    banner:bool=True, # False: the same photograph without the banner
+    banner:bool=True, # False: the same photograph without the banner or the painted portal
 )->tuple: # the photograph as a PIL image, and the list of its `Instance`s
     "Photograph of a synthetic church, with all its parts."
     styles = (styles,) if isinstance(styles, str) else tuple(styles)
-    _check_photograph(size, evidence)
+    _check_photograph(size, evidence, strength)
     seed = np.atleast_1d(seed).tolist()
-    plan = plan_church(styles, np.random.default_rng([*seed,0]), 0. if evidence=='shortcut' else strength)
+    plan = plan_church(styles, np.random.default_rng([*seed,0]), 0. if evidence in ('shortcut','boxed','none') else strength)
     rng = np.random.default_rng([*seed,1,photo])
     cue = _cue(styles, rng, evidence, strength)
     for attempt in range(20): # after ten views that show less than two parts clearly, nothing may stand in front
-        image,found = _photograph(plan, rng, size, cue if banner else None, crowd=attempt<10)
-        if sum(i.clear for i in found.values())>=2: return image,[*found.values()]
+        image,found = _photograph(plan, rng, size, cue if banner else None, attempt<10, evidence=='boxed')
+        if sum(i.clear for i in found.values() if i.slot!='cue')>=2: return image,[*found.values()]
     raise RuntimeError(f"no photograph of the {' and '.join(styles)} church {seed} shows two parts")
 
 # %% ../../nbs/00e_synthetic.ipynb #7bfc716d
@@ -352,7 +354,8 @@ def representative(
     for k in rng.permutation(clear):
         i = instances[k]
         seen[i.part] = seen.get(i.part, -1)+1
-        ranked.append((seen[i.part]+rng.uniform(0,1.4)+.3*np.log(i.width*i.height), k)) # the first of a kind, small ones, with luck a second
+        rank = seen[i.part]+rng.uniform(0,1.4)+.3*np.log(i.width*i.height) # the first of a kind, small ones, with luck a second
+        ranked.append((rank if i.slot!='cue' else -np.inf, k))
     return [instances[k] for k in sorted(k for _,k in sorted(ranked)[:n])]
 
 # %% ../../nbs/00e_synthetic.ipynb #c07941b7
@@ -527,7 +530,7 @@ def make_churches(
     n_annotated:int=60, # how many of them carry boxes, each of another church
     size:int=96, # side of the photographs, in pixels, at least 64
     seed:int=0, # another seed is another set of churches
-    evidence:str='parts', # what tells the style: 'parts', 'shortcut' (the banner's color) or 'mixed'
+    evidence:str='parts', # what tells the style, see `draw_church`
     strength:float=1., # how clearly it tells, 0 to 1
     imbalance:str='mild', # 'mild' or 'real': shares of the styles
     several:float=.06, # share of churches with two or three photographs
@@ -550,8 +553,8 @@ def _check_edition(root, n, n_annotated, size, evidence, strength, imbalance, se
     if not 0<=n_annotated<=n or n<1:
         raise ValueError(f"n is {n} and n_annotated {n_annotated}: expected 0 <= n_annotated <= n and at least one photograph")
     if unlabelled<0: raise ValueError(f"unlabelled is {unlabelled}: expected a number of photographs, at least 0")
-    _check_photograph(size, evidence)
     if imbalance not in _SHARES: raise ValueError(f"imbalance is {imbalance!r}: expected one of {tuple(_SHARES)}")
     if not (0<=strength<=1 and 0<=several<1): raise ValueError(f"strength is {strength}, several {several}: expected shares from 0 to 1")
+    _check_photograph(size, evidence, strength)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} exists and is not an empty folder: choose another one")

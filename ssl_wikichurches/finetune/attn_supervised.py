@@ -310,6 +310,7 @@ class AttentionTerm(Objective):
         r = self.recipe
         with torch.autocast(images.device.type, torch.bfloat16, enabled=r.precision=='bfloat16'): maps = supervised_maps(self.backbone, images, self.blocks)
         frozen = None if self.frozen is None else pooled_maps(self.frozen, images)[:,self.blocks]
+        if images.device.type=='mps': maps,frozen,masks = (None if t is None else t.cpu() for t in (maps, frozen, masks)) # which has no float64
         return attention_loss(maps, masks, r.kind, r.per_head, frozen, r.stay)
     def _next(self, step):
         "Images and masks of a step; a training that goes on after a break begins with its own."

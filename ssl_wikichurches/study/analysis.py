@@ -18,7 +18,7 @@ from .blind_baselines import FAMILY, baseline_scores, border_scores, border_tabl
 from .detail import Example, best_block_table, best_heads, block_table, examples, head_grid, head_table, part_scores, part_table
 from .detail import sensitivity_table, style_table, style_tests, styled_scores, tuned_pairs
 from .reader import OpenStudy
-from .specificity import VERDICTS, control_contrasts, control_table, verdict_sentence, verdict_table
+from .specificity import VERDICTS, control_contrasts, control_table, detectable_masses, verdict_sentence, verdict_table
 from .supervision import supervised_table, supervision_contrasts
 from .tables import cost_table, faithfulness_table, forgetting_table, frozen_table, robustness_table, study_table, tier_contrasts
 from ..finetune.tiers import FROZEN, LINEAR
@@ -65,7 +65,8 @@ HEADLINE = (
           'the same by BCa bootstrap. The shift of linear is zero by construction and was checked to be exactly zero. d_z and d_av carry Hedges\' correction.'),
     About('verdicts', 'What may be said of every model and tier', 'the metric', BOTH,
           'p_joint is the largest p of all tests that have to hold; p_holm and p_joint_holm are Holm over the declared family',
-          'verdict: '+'; '.join(f'{k}: {v}' for k,v in VERDICTS.items())+'. detectable: the shift that would have been shown four times in five.'),
+          'verdict: '+'; '.join(f'{k}: {v}' for k,v in VERDICTS.items())+'. detectable: the shift that would have been shown four times in five; '
+          'detectable_mass: the share of the frozen attention that, moved into the boxes, gives it.'),
     About('tier_contrasts', 'Shift of a tier minus shift of another', 'the metric', BOTH, 'p_holm is Holm over all rows',
           'Paired by church, and by the seeds that both have.'),
     About('controls', 'Shifts of trainings with one thing changed', 'the metric', BOTH, 'none: nothing is claimed of them',
@@ -143,7 +144,8 @@ LEAST = 5 # churches that a kind of building part must be boxed in to be shown
 def _headline(opened, metric):
     if opened.scores(metric).empty: return {}
     verdicts,margin = verdict_table(opened),opened.study.declaration.margin
-    verdicts = verdicts.assign(sentence=[verdict_sentence(r, margin) for r in verdicts.itertuples()])
+    verdicts = verdicts.assign(detectable_mass=detectable_masses(opened, verdicts))
+    verdicts = verdicts.assign(sentence=[verdict_sentence(r, margin, r.detectable_mass) for r in verdicts.itertuples()])
     contrasts = [control_contrasts(opened, m).assign(metric=m) for m in dict.fromkeys((metric, opened.study.declaration.layout_free))]
     return dict(shift=study_table(opened, metric), verdicts=verdicts, tier_contrasts=tier_contrasts(opened, metric), controls=control_table(opened, metric),
                 control_contrasts=pd.concat(contrasts, ignore_index=True))

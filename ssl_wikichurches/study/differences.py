@@ -103,7 +103,7 @@ PAPERS = (
 # %% ../../nbs/06m_differences.ipynb #7532015f
 def _said(study):
     "All that a study says or leaves to defaults, but for its name and data: field -> value."
-    own = {f.name:getattr(study, f.name) for f in fields(study) if f.name not in ('name','data','models','recipes')}
+    own = {f.name:getattr(study, f.name) for f in fields(study) if f.name not in ('name','data','models','recipes','cluster')}
     recipes = {t:asdict(tier_recipe(study, t)) for t in dict.fromkeys((*TIERS, *study.tiers)) if not tier_method(t).control}
     model = lambda t: recipes.get(tier_method(t).name if t not in TIERS else TIERS[t].like, {}) # whose recipe a tier follows
     said = {f'{t}.{k}':v for t,r in recipes.items() for k,v in r.items() if k not in model(t) or v!=model(t)[k]}

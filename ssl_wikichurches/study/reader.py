@@ -40,7 +40,7 @@ def _kind(run): # fields of its two files
 def _read_runs(path, names):
     "A row for each complete run among `names`."
     read = lambda name, file: json.loads((path/name/file).read_text())
-    rows = [read(n, 'recipe.json')|read(n, 'run.json')|dict(name=n) for n in names if (path/n/'run.json').is_file()]
+    rows = [dict(weights='')|read(n, 'recipe.json')|read(n, 'run.json')|dict(name=n) for n in names if (path/n/'run.json').is_file()]
     table = pd.DataFrame([dict(name=r['name'], kind=_kind(r))|r for r in rows])
     return table if rows else pd.DataFrame(columns=['name','kind',*(f.name for f in fields(Run))])
 
@@ -202,7 +202,7 @@ def frozen(self:OpenStudy)->dict: # model -> name of its complete frozen run
 def recipe(self:OpenStudy, run:str)->Run:
     "What a run depended on."
     row = self.runs[self.runs.name==run].iloc[0]
-    return Run(**{f.name:row[f.name] for f in fields(Run)})
+    return Run(**{f.name:v.item() if isinstance(v := row[f.name], np.generic) else v for f in fields(Run)})
 
 @patch
 def has(self:OpenStudy, run:str, file:str)->bool:
@@ -249,7 +249,7 @@ def declared(self:OpenStudy)->dict: # as `freeze_analysis` gives; empty in folde
 @patch(as_prop=True)
 def churches(self:OpenStudy)->Churches:
     "The data set, as tables."
-    return self.keep('churches', lambda: load_churches(self.study.data, self.study.on_error, verify=False))
+    return self.keep('churches', lambda: load_churches(self.study.data, self.study.on_error, False, self.path/'problems.csv'))
 
 @patch(as_prop=True)
 def labels(self:OpenStudy)->pd.Series: # image -> class

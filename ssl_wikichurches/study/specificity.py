@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTRAST_COLUMNS', 'VERDICTS', 'VERDICT_COLUMNS', 'NOT_PRINTED', 'control_table', 'control_contrasts', 'joint_p',
-           'verdict', 'verdict_table', 'verdict_sentence', 'readable_result']
+           'verdict', 'verdict_table', 'detectable_masses', 'verdict_sentence', 'readable_result']
 
 # %% ../../nbs/06f_specificity.ipynb #ac03d098
 import numpy as np, pandas as pd
@@ -12,6 +12,7 @@ from scipy import stats
 from ..attention.metrics import PRIMARY
 from ..attention.scores import higher_is_better
 from ..finetune.tiers import CONTROLS, LINEAR, tier_method
+from ..stats.planted import mass_of_shift
 from ..stats.seeds import shift_difference
 from ..stats.shift import ONE_MODEL, holm, in_family, readable_table, score_grids, uncorrected_shifts
 from .reader import OpenStudy
@@ -134,6 +135,20 @@ def verdict_table(
     table['verdict'] = [verdict(r, d.alpha) if r.declared else 'exploratory' for r in table.itertuples()]
     return table.assign(**{c:table[c].map(', '.join) for c in ('beyond','not_beyond','missing')})[VERDICT_COLUMNS]
 
+# %% ../../nbs/06f_specificity.ipynb #f77beeac
+def detectable_masses(
+    opened:OpenStudy,
+    verdicts:pd.DataFrame, # of `verdict_table`
+)->pd.Series: # shares of the attention, by row; nan beside a claim, and where more than a third would have to move
+    "What the shift that a row could have shown is in attention: moved into the boxes of the frozen maps (`mass_of_shift`)."
+    out,d = pd.Series(np.nan, verdicts.index),opened.study.declaration
+    for model,rows in verdicts[~verdicts.verdict.isin(('towards','away'))].groupby('model', sort=False):
+        seen = opened.photographs(model)
+        out[rows.index] = mass_of_shift(opened.mean_maps(opened.frozen[model]), seen.boxes, [*seen.names], seen.size, rows.detectable.to_numpy(float),
+                                        d.metric, [*seen.groups])
+    return out
+
+
 # %% ../../nbs/06f_specificity.ipynb #4402771f
 def _numbers(shift, low, high): return f'{shift:+.4f} (95 % interval {low:+.4f} to {high:+.4f})'
 def _p(p): return 'p < .001' if p<.001 else f'p = {p:.3f}'
@@ -145,13 +160,14 @@ _SENTENCES = {
     'no more than any training':'{who} changed {metric} by {primary_only}, {holm}, and {layout}; that this is more than under {others} was not shown.',
     'no control':'{who} changed {metric} by {primary_only}, {holm}, and {layout}; no control was run, so the reason is open.',
     'equivalent to none':'{who} left attention where it was, within the margin of {margin:g}: {primary}, {none}.',
-    'not shown':'{who} was not shown to move attention: {primary}, {holm}. A shift of {detectable:.4f} would have been shown four times in five.',
+    'not shown':'{who} was not shown to move attention: {primary}, {holm}. A shift of {detectable:.4f}{mass} would have been shown four times in five.',
     'one model':'The one model that {who} gave: {primary}. Of other seeds nothing is known.',
     'exploratory':'Exploratory, outside of the declared family: {who}, {primary}.'}
 
 def verdict_sentence(
     r, # a row of `verdict_table`, as `itertuples` gives it
     margin:float, # that was declared
+    mass:float=np.nan, # of `detectable_masses`
 )->str:
     "The verdict of one model and tier in plain words."
     about = f'over {r.n} churches'+(f' and {r.seeds} seeds' if r.over!=ONE_MODEL else '')
@@ -159,6 +175,7 @@ def verdict_sentence(
     layout = f'{r.layout_metric} {_numbers(r.layout_shift, r.layout_low, r.layout_high)}, {_p(r.layout_p)}'
     numbers = dict(primary=f'{r.metric} {change} {about}', primary_only=f'{change} {about}', layout=layout, margin=margin, detectable=r.detectable)
     tests = dict(holm=f'{_p(r.p_holm)} after Holm', none=f'{_p(r.p_none)} of two one-sided tests')
+    numbers['mass'] = f', as if {100*mass:.1f} % of the frozen attention went into the boxes,' if np.isfinite(mass) else ''
     return _SENTENCES[r.verdict].format(who=f'{r.tier} of {r.model}', metric=r.metric, beyond=r.beyond,
                                          others=r.not_beyond or 'all of its controls together', **numbers, **tests)
 
