@@ -21,7 +21,8 @@ from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
 from ssl_wikichurches.finetune.semi_supervised import unlabelled
 from ssl_wikichurches.study.plan import Run
 from ssl_wikichurches.study.report import _narrow
-from ssl_wikichurches.study.runs import best_device, check_recipe
+from ssl_wikichurches.study.folders import check_recipe
+from ssl_wikichurches.study.runs import best_device
 
 QS = ('Q46261','Q176483','Q236122','Q840829')
 
