@@ -524,7 +524,9 @@ def _load_adapted(folder):
     base = folder/'base' if (folder/'base').is_dir() else about.get('base_model_name_or_path')
     if not base: raise ValueError(f"{folder} holds adapters and does not say of which backbone")
     backbone = _load_source(str(base))
+    trained = {k: p.requires_grad for k,p in backbone.model.named_parameters()} # peft freezes what it adapts
     backbone.model = PeftModel.from_pretrained(backbone.model, str(folder)).merge_and_unload()
+    for k,p in backbone.model.named_parameters(): p.requires_grad_(trained[k])
     hints = _read_json(path) if (path := folder/'preprocessor_config.json').exists() else {}
     spec = replace(backbone.spec, name=folder.name, source=str(folder), size=hints.get('size', {}).get('height', backbone.spec.size))
     return resized(backbone, spec)
