@@ -161,10 +161,14 @@ def wikichurches_study(
     device:str='', # cpu, cuda, ...; a GPU where there is one
     processes:int=0, # that share each training, each with a GPU where there are any; 0: one, in a queue as many as a run has GPUs
     loaders:int=0, # processes that decode photographs, for each that trains: about 8 keep a GPU busy
+    check_model:str=None, # say whether an encoder (a name as in models, a source or a folder) can be measured, and do nothing else
     debug:store_true=False, # raise errors as they are
 ):
     "Run a study: photographs in, table and report out. Only what is missing runs."
     with plain_errors('wikichurches_study', debug):
+        if check_model:
+            from ssl_wikichurches.backbones.encoders import describe_encoder
+            return print(describe_encoder(check_model, size))
         study = compose_study(file, recipe, _recipes_there(file, name, runs) if dry_run else None, name=name, data=data, models=models, tiers=tiers,
                               seeds=seeds, labels=labels, geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error)
         study = _on_cluster(study, executor, address, workers)

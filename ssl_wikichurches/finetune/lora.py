@@ -77,6 +77,7 @@ def add_adapters(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, backbone.model)
+    backbone.train(backbone.training) # adapters come in training mode, whatever the model is in
     found = [n for n,_ in _modules(backbone, LoraLayer)]
     if sorted(found)!=sorted(targets) or len(found)!=len(recipe.targets)*backbone.depth:
         raise RuntimeError(f"{backbone.spec.name}: {len(found)} layers carry adapters, expected {', '.join(recipe.targets)} of {backbone.depth} blocks: "

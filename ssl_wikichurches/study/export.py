@@ -11,6 +11,8 @@ import json, os, re, shutil
 from pathlib import Path
 import pandas as pd, torch
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from ..backbones.encoders import Backbone, attention_projections, load_backbone, quiet_loading
 from ..backbones.registry import BACKBONES
 from ..data.archive import file_digest
@@ -150,7 +152,7 @@ def _export_lora(opened, run, folder):
     backbone = load_backbone(run.source, size=run.size or None)
     base,_ = base_of(run.source)
     how,tensors = peft_adapters(backbone, tier_method(run.tier).recipe(**run.recipe), opened.tensors(run.name))
-    write_tensors(folder/'adapter_model.safetensors', tensors, dict(format='pt'))
+    write_tensors(folder/SAFETENSORS_WEIGHTS_NAME, tensors, dict(format='pt'))
     write_json(folder/'adapter_config.json', dict(how, peft_type='LORA', inference_mode=True, bias='none', base_model_name_or_path=base or 'base'))
     write_json(folder/'preprocessor_config.json', _preprocessor(backbone.spec))
     if not base: export_backbone(backbone, folder/'base')
@@ -178,7 +180,7 @@ def export_run(
     else:
         backbone,_ = opened.model(name)
         layout = backbone.architecture['library']
-        _linked(export_backbone(backbone, target)/'model.safetensors', target.parent/f'{target.name}.safetensors')
+        _linked(export_backbone(backbone, target)/SAFETENSORS_SINGLE_FILE, target.parent/f'{target.name}.safetensors')
     write_file(target/'README.md', lambda p: p.write_text(model_card(opened, run, facts, table, layout, license), encoding='utf-8'))
     return target
 

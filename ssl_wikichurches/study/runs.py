@@ -365,7 +365,7 @@ def _run_all(missing, root, pool, bar, how):
     "Compute runs. Those that another process has are left to it; should it end without them, they are computed here."
     while missing:
         with getattr(pool, 'batch', nullcontext)(): # of executors that submit many jobs as one
-            futures = {pool.submit(execute, r, root, *how, False):r.name for r in missing}
+            futures = {pool.submit(execute, r, root.absolute(), *how, False):r.name for r in missing} # workers may have another current folder
         elsewhere = {*_finish(futures, root, bar)}
         bar.set_postfix_str(f'{len(elsewhere)} elsewhere' if elsewhere else '')
         for name in elsewhere:

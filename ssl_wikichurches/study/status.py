@@ -9,22 +9,13 @@ __all__ = ['study_states', 'duration', 'status_text', 'status_table', 'dry_run_t
 import os, time
 from pathlib import Path
 import pandas as pd
-from ..data.download import load_churches
-from ..data.splits import load_split
-from .folders import STATES, data_key, run_state, versions, weights_mark
+from .folders import STATES, current_key, run_state, versions, weights_mark
 from .plan import Study, read_study, study_runs
 
 # %% ../../nbs/06r_status.ipynb #00263b8c
-def _key(study, root):
-    "Fingerprint of the data as they are now; '' where they are not on this machine, or nothing was started."
-    if not (root/'split.json').is_file(): return ''
-    try: churches = load_churches(study.data, study.on_error, verify=False)
-    except FileNotFoundError: return ''
-    return data_key(churches, load_split(root/'split.json'))
-
 def _recipes_known(study, root):
     "Whether what lies in a folder is known to follow the recipes of a study."
-    if not (root/'study.json').is_file(): return not [*root.glob('*/recipe.json')]
+    if not (root/'study.json').is_file(): return not any(p.is_dir() for p in root.glob('*'))
     old = read_study(root)
     return old.recipes==study.recipes and {*study.tiers}<={*old.tiers}
 
@@ -35,7 +26,7 @@ def study_states(
     "How far every run of a study is."
     root = Path(root)
     known,marks,code = _recipes_known(study, root),{s:weights_mark(s) for s in study.sources.values()},versions()
-    jobs = study_runs(study, _key(study, root), marks, recipes=not known)
+    jobs = study_runs(study, current_key(study, root), marks, recipes=not known)
     return _with_times(pd.DataFrame([run_state(root/r.name, r, not known, code) for r in jobs]))
 
 # %% ../../nbs/06r_status.ipynb #4537e564
