@@ -286,6 +286,8 @@ def check_encoder(
     "Raises, in one sentence, unless maps of `backbone` show what its feature is made of."
     spec,rest = backbone.spec,backbone.spec.size%backbone.spec.patch
     lacks = f"patches of {spec.patch} pixels do not fill an image of {spec.size}: load it with `size={spec.size-rest}`" if rest else ''
+    lost = next((k for k,p in backbone.model.named_parameters() if not p.sum().isfinite()), None)
+    if lost: lacks = f"its {lost} holds values that are no numbers, or infinite"
     lacks = lacks or _calls_lack(backbone, _attention_shapes(backbone)) or _parts_lack(backbone, *_made_of(backbone))
     if lacks: raise ValueError(f"{spec.name} cannot be measured: {lacks}")
     return backbone
