@@ -83,6 +83,12 @@ def test_patches_that_overlap_or_stand_in_columns():
     b.model.embeddings.patch_embedding.forward = lambda x: inner(x).transpose(2,3)
     with pytest.raises(ValueError, match='row by row'): check_encoder(b)
 
+def test_weights_that_are_no_numbers(tmp_path):
+    b = load_backbone('tiny-mae')
+    for value in (float('nan'), float('inf')):
+        with torch.no_grad(): b.model.layers[2].mlp.fc1.weight[3,4] = value
+        refused(save_backbone(b, tmp_path), 'its layers.2.mlp.fc1.weight holds values that are no numbers, or infinite')
+
 def test_the_check_leaves_the_model_as_it_was():
     b = load_backbone('tiny-dinov3'); x = images(); before = {k:v.clone() for k,v in b.state_dict().items()}
     with torch.no_grad(): plain = b(x)

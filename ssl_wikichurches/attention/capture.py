@@ -180,7 +180,8 @@ def check_calls(
     n,all = backbone.depth+head,spec.n_prefix+spec.grid**2
     if len(n_keys)<n:
         raise RuntimeError(f"{len(n_keys) or 'no'} attention call{'s were' if len(n_keys)>1 else ' was'} seen, {n} were expected: {spec.name} "
-                           "computes attention by hand. Use the fused kernels: `backbone.model.set_attn_implementation('sdpa')`, or `timm.layers.set_fused_attn(True)` before loading")
+                           "computes attention by hand. Use the fused kernels: `backbone.model.set_attn_implementation('sdpa')`, "
+                           "or `timm.layers.set_fused_attn(True)` before loading")
     if len(n_keys)>n:
         raise RuntimeError(f"{len(n_keys)} attention calls were seen, {n} were expected of {spec.name}: capture one forward pass at a time")
     if set(n_keys)-({all,spec.grid**2} if head else {all}):
@@ -242,7 +243,8 @@ def require_kept_blocks(
     "Raises if blocks are computed again in the backward pass (gradient checkpointing), where what capturing adds is missing."
     if any(getattr(m, 'grad_checkpointing', False) or m.training and getattr(m, 'gradient_checkpointing', False) for m in backbone.modules()):
         raise ValueError(f"{backbone.spec.name} computes its blocks again in the backward pass, and attention is captured in the forward pass alone: "
-                         "turn gradient checkpointing off (`backbone.model.gradient_checkpointing_disable()`, or `backbone.model.set_grad_checkpointing(False)` in timm)")
+                         "turn gradient checkpointing off (`backbone.model.gradient_checkpointing_disable()`, "
+                         "or `backbone.model.set_grad_checkpointing(False)` in timm)")
 
 # %% ../../nbs/02_attention.ipynb #d6b09fe2
 def pooled_maps(

@@ -286,6 +286,8 @@ def check_encoder(
     "Raises, in one sentence, unless maps of `backbone` show what its feature is made of."
     spec,rest = backbone.spec,backbone.spec.size%backbone.spec.patch
     lacks = f"patches of {spec.patch} pixels do not fill an image of {spec.size}: load it with `size={spec.size-rest}`" if rest else ''
+    lost = next((k for k,p in backbone.model.named_parameters() if not p.sum().isfinite()), None)
+    if lost: lacks = f"its {lost} holds values that are no numbers, or infinite"
     lacks = lacks or _calls_lack(backbone, _attention_shapes(backbone)) or _parts_lack(backbone, *_made_of(backbone))
     if lacks: raise ValueError(f"{spec.name} cannot be measured: {lacks}")
     return backbone
@@ -384,8 +386,8 @@ def _vision_config(source):
 
 def _refuse_adapters(source):
     if _beside(source, 'adapter_config.json', needed=False):
-        raise ValueError(f"{source} holds a model and adapters of peft, which would be put on it unsaid, with all weights beneath frozen: keep the adapters in a folder "
-                         "of their own, which is loaded merged (`hub:` in front of a repository), or save what `merge_and_unload()` gives")
+        raise ValueError(f"{source} holds a model and adapters of peft, which would be put on it unsaid, with all weights beneath frozen: "
+                         "keep the adapters in a folder of their own, which is loaded merged (`hub:` in front of a repository), or save what `merge_and_unload()` gives")
 
 # %% ../../nbs/01_backbones.ipynb #0d9da0ad
 def _load_transformers(source):
@@ -623,7 +625,7 @@ def describe_encoder(
 )->str:
     "What maps of an encoder are read from, in a sentence. Raises where they cannot be read."
     b = load_backbone(name_or_path, size or None); s = b.spec
-    feature,maps = dict(head=('the output of its pooling head','the row of that head'), **{'class': ('its class token','the row of that token in every block')})[s.pooling]
+    feature,maps = ('its class token','the row of that token in every block') if s.pooling=='class' else ('the output of its pooling head','the row of that head')
     return (f"{s.name} can be measured: {s.grid} x {s.grid} patches of {s.patch} pixels behind {s.n_prefix or 'no'} other tokens, {b.depth} blocks "
             f"of {b.n_heads} heads; its feature of {b.dim} numbers is {feature}, its maps are {maps}")
 

@@ -34,7 +34,8 @@ def _team_size():
     started = {'WIKICHURCHES_TEAM','TORCHELASTIC_RUN_ID'}&os.environ.keys() or os.environ.get('SLURM_STEP_NUM_TASKS')==said
     if int(said)>1 and not started:
         raise ValueError(f"WORLD_SIZE is {said} in the environment, as a job script leaves it, but this process was started alone, "
-                         "and would wait for the others for ever: unset WORLD_SIZE and RANK, or start all by `torchrun`, `accelerate launch`, `srun` or `--processes`")
+                         "and would wait for the others for ever: unset WORLD_SIZE and RANK, "
+                         "or start all by `torchrun`, `accelerate launch`, `srun` or `--processes`")
     return int(said)
 
 # %% ../../nbs/03B_devices.ipynb #2f9987c5
