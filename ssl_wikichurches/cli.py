@@ -6,7 +6,8 @@
 __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_study', 'show_dry_run', 'show_study',
            'wikichurches_study', 'wikichurches_status', 'wikichurches_report', 'wikichurches_tensorboard',
            'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths', 'wikichurches_download',
-           'wikichurches_prepare', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny', 'wikichurches_calibrate']
+           'wikichurches_prepare', 'wikichurches_import', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny',
+           'wikichurches_plan', 'wikichurches_calibrate']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import sys, tempfile, time, tomllib, traceback
@@ -160,10 +161,14 @@ def wikichurches_study(
     device:str='', # cpu, cuda, ...; a GPU where there is one
     processes:int=0, # that share each training, each with a GPU where there are any; 0: one, in a queue as many as a run has GPUs
     loaders:int=0, # processes that decode photographs, for each that trains: about 8 keep a GPU busy
+    check_model:str=None, # say whether an encoder (a name as in models, a source or a folder) can be measured, and do nothing else
     debug:store_true=False, # raise errors as they are
 ):
     "Run a study: photographs in, table and report out. Only what is missing runs."
     with plain_errors('wikichurches_study', debug):
+        if check_model:
+            from ssl_wikichurches.backbones.encoders import describe_encoder
+            return print(describe_encoder(check_model, size))
         study = compose_study(file, recipe, _recipes_there(file, name, runs) if dry_run else None, name=name, data=data, models=models, tiers=tiers,
                               seeds=seeds, labels=labels, geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error)
         study = _on_cluster(study, executor, address, workers)
@@ -332,6 +337,34 @@ def wikichurches_prepare(
         from ssl_wikichurches.data.prepare import prepare, prepare_report
         print(prepare_report(prepare(source_folder(data), side, quality, workers)))
 
+# %% ../nbs/07_cli.ipynb #af25214b
+@call_parse
+def wikichurches_import(
+    file:str, # of an earlier study: per-image scores (JSON, SQLite), the names of a split (JSON), or <model>_<strategy>_finetuned.pt
+    out:str=None, # a folder for weights, a CSV file for scores, a JSON file for a split; named like the file where not given
+    data:str='wikichurches', # source of the photographs that a split is checked against
+    model:str='', # backbone that weights were made from; the one that the file names where not given
+    metric:str='iou@90', # of the table of scores that is printed
+    layer:str='', # of scores in a database; the last where not given
+    method:str='', # of scores in a database with several
+    debug:store_true=False, # raise errors as they are
+):
+    "Take over scores, a split or weights of an earlier study. Nothing in a file is run."
+    with plain_errors('wikichurches_import', debug):
+        from ssl_wikichurches.study.earlier import earlier_kind, earlier_table, import_weights, read_earlier_scores, read_earlier_split
+        kind,stem = earlier_kind(file),Path(file).stem
+        if kind=='weights': print(f'weights: {import_weights(file, out or stem, model)}')
+        elif kind=='split':
+            from ssl_wikichurches.data.download import load_churches
+            from ssl_wikichurches.data.splits import save_split
+            split = read_earlier_split(file, load_churches(data))
+            print(f"split: {save_split(split, out or f'{stem}-split.json')} ({', '.join(f'{len(names)} for {p}' for p,names in split.parts.items() if names)})")
+        else:
+            scores = read_earlier_scores(file, layer, method)
+            scores.to_csv(out := out or f'{stem}-scores.csv', index=False)
+            print(earlier_table(scores, metric)[['model','tier','n','shift','low','high','p','p_holm','d_z']].round(4).to_string(index=False))
+            print(f"scores: {out} ({', '.join(dict.fromkeys(scores.metric))})")
+
 # %% ../nbs/07_cli.ipynb #6a7bad65
 @call_parse
 def wikichurches_pretrain_tiny(
@@ -370,6 +403,26 @@ def wikichurches_probe_tiny(
         (folder := Path(out)).mkdir(parents=True, exist_ok=True)
         for name,table in _probe_tables(n, trap): table.round(4).to_csv(folder/f'{name}.csv')
         print(f'result files: probe.csv, windows.csv and shortcut.csv in {folder}')
+
+# %% ../nbs/07_cli.ipynb #e7f484c9
+@call_parse
+def wikichurches_plan(
+    file:Param('TOML file with the fields of a study; flags change it', str, opt=False, nargs='?')=None,
+    data:str=None, # as for wikichurches_study
+    models:str=None, # backbones, with commas
+    tiers:str=None, # with commas
+    seeds:str=None, # whole numbers, with commas
+    recipe:str='', # changes of recipes: lora.epochs=3,full.lr=5e-5
+    runs:str='runs', # folder of all studies
+    workers:int=0, # frozen backbones measured at a time; 0: one per core, or one per GPU
+    debug:store_true=False, # raise errors as they are
+):
+    "Say before a study what it costs, which shift it could see, and what to declare."
+    with plain_errors('wikichurches_plan', debug):
+        study = compose_study(file, recipe, data=data, models=models, tiers=tiers, seeds=seeds)
+        from ssl_wikichurches.study.forecast import forecast, forecast_text
+        print(forecast_text(study, *forecast(study, runs, workers)))
+
 
 # %% ../nbs/07_cli.ipynb #8791a4b1
 def _world_of(study):

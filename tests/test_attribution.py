@@ -353,7 +353,7 @@ def test_values_with_adapters(name):
 
 def test_what_follows_attention_must_be_a_projection():
     b = encoder('tiny-supervised')
-    b.layers[1].attn.norm = nn.LayerNorm(96)
+    b.layers[1].attn.norm = nn.LayerNorm(96).eval()
     with pytest.raises(ValueError, match='no projection'): value_norm(b, images())
     b = encoder('eva'); b.layers[0].another = nn.Parameter(torch.ones(96))
     with pytest.raises(ValueError, match='3 vectors of its own'): value_norm(b, images())

@@ -38,9 +38,9 @@ def write_counted(root):
     return root
 
 def _write_boxes(root, ids, styles):
-    box = dict(label=0, left=.1, top=.1, width=.1, height=.08)
+    box = lambda k: dict(label=0, left=.1+k/10, top=.1, width=.1, height=.08)
     tags = [s+[[*STYLES][0]]*(i>=139-TWO) for i,s in enumerate(styles[:139])] # three carry a second tag
-    groups = [[dict(group_label=0, elements=[box]*(5 if i<75 else 4))] for i in range(139)] # 631 boxes
+    groups = [[dict(group_label=0, elements=[box(k) for k in range(5 if i<75 else 4)])] for i in range(139)] # 631 boxes
     meta = [dict(name=f'Part {i}', parents=[]) for i in range(106)]
     annotations = {f'{q}_wd0.jpg':dict(styles=t, bbox_groups=g) for q,t,g in zip(ids, tags, groups)}
     (root/'building_parts.json').write_text(json.dumps(dict(meta=meta, annotations=annotations)))

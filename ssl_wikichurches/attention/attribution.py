@@ -10,7 +10,7 @@ __all__ = ['token_rollout', 'rollout', 'predicted_class', 'gmar_weights', 'gmar'
 from contextlib import contextmanager
 import numpy as np, torch
 from torch import nn
-from .capture import check_calls, on_patches, require_evaluation, capture_attention
+from .capture import capture_attention, check_calls, on_patches, on_tokens, require_evaluation, require_kept_blocks
 from ..backbones.encoders import Backbone
 
 # %% ../../nbs/02a_attribution.ipynb #1df8134d
@@ -50,7 +50,7 @@ def token_rollout(
     def read(call):
         i = len(seen.records)
         if i<start: return
-        step = _rownorm(_fold(call, how)) if i==backbone.depth else _mixed(_fold(call, how))
+        step = on_tokens(backbone, _rownorm(_fold(call, how))) if i==backbone.depth else _mixed(_fold(call, how))
         rolled[:] = [step@rolled[0] if rolled else step]
     with torch.no_grad(), capture_attention(read=read) as seen: backbone(images)
     check_calls(backbone, seen.n_keys)
@@ -90,7 +90,7 @@ def _target_logits(backbone, classifier, features, target):
 # %% ../../nbs/02a_attribution.ipynb #7912bb4b
 def _backward(backbone, classifier, images, target, take):
     "Calls `take(i, weights, gradient)` for each attention call, from the last to the first, with gradients of the target logits."
-    require_evaluation(backbone)
+    require_evaluation(backbone); require_kept_blocks(backbone)
     hooks = []
     def read(call):
         weights,i = call.weights(),len(hooks)
@@ -127,6 +127,9 @@ def gmar_weights(
     "How much each head matters to the logit of a class (GMAR, arXiv 2504.19414)."
     found = []
     _backward(backbone, classifier, images, target, lambda i,weights,gradient: found.append(_head_weights(gradient, norm)))
+    if len({f.shape[1] for f in found})>1:
+        raise ValueError(f"the pooling head of {backbone.spec.name} has {found[0].shape[1]} heads, its blocks have {found[-1].shape[1]}: "
+                         "weights of heads do not stand in one table; `gmar` takes them as they are")
     return torch.stack(found[::-1], 1)
 
 # %% ../../nbs/02a_attribution.ipynb #8eb48682
@@ -142,7 +145,7 @@ def _follow(backbone, classifier, images, target, start, matrix, pass_on):
     def take(i, weights, gradient):
         nonlocal row
         if i<start: return
-        step = matrix(weights, gradient)
+        step = on_tokens(backbone, matrix(weights, gradient))
         row = step[:,0] if i==backbone.depth else pass_on(row, step)
     _backward(backbone, classifier, images, target, take)
     return row
@@ -196,7 +199,7 @@ def grad_cam(
     block:int=-1, # the tokens that enter this block are read; -1: the last
 )->torch.Tensor: # (batch, grid, grid) float32, not negative; not normalized
     "Grad-CAM (Selvaraju et al., 2017, equations 1 and 2) on the patch tokens that enter a block."
-    require_evaluation(backbone)
+    require_evaluation(backbone); require_kept_blocks(backbone)
     tokens,n = [],backbone.spec.n_prefix
     hook = backbone.layers[_block_index(backbone, block)].register_forward_pre_hook(lambda m,a,k: tokens.append(_entering(a, k)), with_kwargs=True)
     with torch.inference_mode(False), torch.enable_grad():
@@ -277,7 +280,7 @@ def _moved(backbone, images):
         calls.append(call)
         pooled = backbone.spec.pooling=='class' or len(calls)>backbone.depth
         row = call.weights(rows=slice(1))[:,:,0,:,None]*call.value.float() if pooled else None
-        moved.append(None if row is None else row.transpose(1,2).flatten(2))
+        moved.append(None if row is None else on_tokens(backbone, row.permute(0,1,3,2)).permute(0,3,1,2).flatten(2))
     with torch.no_grad(), _watching(backbone.model, exits), capture_attention(read=read) as seen: backbone(images)
     check_calls(backbone, seen.n_keys)
     return [(m, *o) for m,o in zip(moved, _output_maps(backbone, calls, exits.found, images[:1,0,0,0])) if m is not None]
@@ -329,7 +332,7 @@ def attention_flow(
                          "load the backbone with a smaller `size=`, or raise `limit`")
     with torch.no_grad(), capture_attention(read=lambda call: _fold(call, 'mean')) as seen: backbone(images)
     check_calls(backbone, seen.n_keys)
-    steps = [a if i==backbone.depth else _mixed(a) for i,a in enumerate(seen.records)][::-1]
+    steps = [on_tokens(backbone, a) if i==backbone.depth else _mixed(a) for i,a in enumerate(seen.records)][::-1]
     flows = []
     for graph in (_pipes([s[b].double().cpu().numpy() for s in steps]) for b in range(len(images))):
         end = graph.shape[0]-spec.grid**2

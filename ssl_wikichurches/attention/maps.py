@@ -46,13 +46,13 @@ class StoredMaps:
     images:tuple # n file names
     maps:torch.Tensor # (n, L, H, g, g) raw weights of the pooled feature; L is 1 for a pooling head
     prefix:torch.Tensor # (n, L, H, n_prefix) what the same rows gave to the tokens before the patches
-    received:torch.Tensor # (n, blocks, H, g, g) what patches receive, for a pooling head; no blocks for a class token
+    received:torch.Tensor # (n, blocks, heads, g, g) what patches receive, for a pooling head, which may have other heads; no blocks for a class token
     artifacts:torch.Tensor # (n, g, g) bool, patches with unusually long tokens after the last block
 
     def __post_init__(self):
         n,g = len(self.images),self.header.size//self.header.patch
         found = tuple(tuple(getattr(self, k).shape) for k in _TENSORS)
-        want = ((n,*found[0][1:3],g,g), (n,*found[0][1:3],self.header.n_prefix), (n,found[2][1],found[0][2],g,g), (n,g,g))
+        want = ((n,*found[0][1:3],g,g), (n,*found[0][1:3],self.header.n_prefix), (n,*found[2][1:3],g,g), (n,g,g))
         if found!=want or len(set(self.images))<n: raise ValueError(f"{', '.join(_TENSORS)} are {found}: expected {want} for {n} images, none twice")
 
 # %% ../../nbs/02g_maps.ipynb #14848b75

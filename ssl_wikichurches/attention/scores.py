@@ -12,7 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
-from ..data.churches import ChurchDataset, box_mask
+from ..data.files import read_csv
+from ..data.churches import ChurchDataset, box_corners, box_mask
 from ..backbones.encoders import Backbone
 from .capture import pooled_maps, regrid
 from .metrics import (PRIMARY, auroc, chance_of_top, check_maps, coverage, find_places, iou_at_percentile, iou_ceiling,
@@ -300,16 +301,31 @@ def _check_counts(maps, boxes, names, groups, parts):
 
 # %% ../../nbs/02e_scores.ipynb #91598891
 def _check_boxes(name, boxes, parts, size):
+    "The corners, if there is an area in the frame for each."
+    plain = box_corners(boxes).cpu()
     if boxes.ndim!=2 or boxes.shape[-1]!=4 or not len(boxes):
         raise ValueError(f"{name}: boxes are {tuple(boxes.shape)}: expected (b, 4), at least one; leave out images without a box")
     if parts is not None and len(parts)!=len(boxes):
         raise ValueError(f"{name} has {len(boxes)} boxes and {len(parts)} parts: expected a part for each box")
-    if not box_mask(boxes.cpu(), size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
+    size_of = getattr(boxes, 'canvas_size', (size,size))
+    if tuple(size_of)!=(size,size):
+        raise ValueError(f"{name}: boxes are of a canvas of {tuple(size_of)}: expected ({size}, {size}), the frame; transform them with the image")
+    odd = ~plain.isfinite().all(1)|(plain[:,2]<=plain[:,0])|(plain[:,3]<=plain[:,1])
+    if odd.any():
+        raise ValueError(f"{name}: box {plain[odd][0].tolist()} has no area: expected left < right and top < bottom, finite, in pixels of the frame")
+    away = (plain[:,:2]>=size).any(1)|(plain[:,2:]<=0).any(1)
+    if away.any(): raise ValueError(f"{name}: box {plain[away][0].tolist()} lies outside the frame of {size} pixels: leave it out, or move it with the image")
+    if not box_mask(plain, size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
+    return plain
 
 def _check_input(maps, boxes, names, groups, parts, size, only):
     _check_counts(maps, boxes, names, groups, parts)
     for name in only: find_metric(name)
-    for i,(name,b) in enumerate(zip(names, boxes)): _check_boxes(name, b, None if parts is None else parts[i], size)
+    found = [_check_boxes(name, b, None if parts is None else parts[i], size) for i,(name,b) in enumerate(zip(names, boxes))]
+    if size>1 and all(0<=b.min() and b.max()<=1 for b in found):
+        raise ValueError(f"all boxes lie within one pixel, as {found[0][0].tolist()} of {names[0]}: are they fractions of the image? "
+                         f"Multiply them by {size}, the side of the frame")
+    return found
 
 # %% ../../nbs/02e_scores.ipynb #5273edde
 def _densities(boxes, size, groups, only, options):
@@ -346,7 +362,7 @@ def _table(found, names, blocks, heads):
 # %% ../../nbs/02e_scores.ipynb #361fa494
 def score_maps(
     maps:torch.Tensor, # (n, L, H, g, g) raw attention of blocks and heads, or (n, g, g) one map per image; any device; an array will do
-    boxes:list, # n tensors (b, 4): left, top, right, bottom in pixels of the frame
+    boxes:list, # n tensors (b, 4): left, top, right, bottom in pixels of the frame; or torchvision's `BoundingBoxes`, of any upright format
     names:list, # n image file names
     size:int, # side of the square frame, in pixels
     groups:list=None, # n churches: images of the same one are no *other* images for the metrics that need some; None: every image by itself
@@ -356,8 +372,8 @@ def score_maps(
     memory:int=2**26, # bytes for the maps in work on each thread, beside masks and densities of all images; the result does not depend on it
 )->pd.DataFrame: # image, (part,) block (from 0), head ('mean' or a number), metric, value, chance, ceiling
     "Every metric for every image, block and head, but those that are not defined for an image's boxes."
-    (maps,heads),boxes = _as_stack(maps),[torch.as_tensor(b).as_subclass(torch.Tensor) for b in boxes]
-    _check_input(maps, boxes, names, groups, parts, size, only)
+    maps,heads = _as_stack(maps)
+    boxes = _check_input(maps, [b if isinstance(b, torch.Tensor) else torch.as_tensor(b) for b in boxes], names, groups, parts, size, only)
     labels,chunk = [None]*len(names) if parts is None else parts,_maps_at_once(memory, size)
     densities = _densities(boxes, size, groups, only, options)
     def one(i):
@@ -373,22 +389,17 @@ def score_maps(
                          "with other churches' boxes needs other churches")
     return table if parts is not None else table.drop(columns='part')
 
-# %% ../../nbs/02e_scores.ipynb #93749074
-def _read_columns(path, columns):
-    table = pd.read_csv(path, dtype=dict(image=str, part=str))
-    if missing := [c for c in columns if c not in table]:
-        raise ValueError(f"{path} lacks the columns {missing}: expected {', '.join(columns)}, and it has {', '.join(table)}")
-    bad = table[[*columns]].isna().any(axis=1)
-    if bad.any(): raise ValueError(f"{path}: {bad.sum()} rows have an empty cell, first row {bad.idxmax()+2} of the file")
-    return table
-
 # %% ../../nbs/02e_scores.ipynb #375e2a87
 def read_maps(
     path:str|os.PathLike, # CSV file with the columns image, row, column (from 0), value
     names:list=None, # images that are wanted, in this order; None: all, in the order of the file
 )->tuple: # names of n images, and their maps (n, g, g) float32
     "Maps that another program wrote."
-    t = _read_columns(path, ('image','row','column','value'))
+    t = read_csv(path, ('image',), ('row','column','value'))
+    if not len(t): raise ValueError(f"{path} has no rows: expected a row for each cell of a map")
+    if (odd := (t[['row','column']]%1!=0).any(axis=1)).any():
+        raise ValueError(f"{path}: row or column is no whole number, first row {odd.idxmax()} of the file")
+    t = t.astype(dict(row=int, column=int))
     found,g = [*t.image.unique()],int(t[['row','column']].max(axis=None))+1
     if t.duplicated(['image','row','column']).any() or len(t)!=len(found)*g*g or (t[['row','column']]<0).any(axis=None):
         raise ValueError(f"{path} has {len(t)} rows for {len(found)} images: expected {g*g} cells for each, rows and columns from 0 to {g-1}, none twice")
@@ -404,14 +415,17 @@ def read_boxes(
 )->tuple: # n tensors (b, 4), and n lists of b parts (None where the file has none)
     "Boxes that another program wrote."
     columns = ('left','top','right','bottom')
-    t = _read_columns(path, ('image',*columns))
+    t = read_csv(path, ('image',), columns)
+    labelled = ['part'] if 'part' in t else []
     if (bad := (t.right<=t.left)|(t.bottom<=t.top)).any():
-        raise ValueError(f"{path}: {bad.sum()} boxes have no area, first row {bad.idxmax()+2} of the file: "
+        raise ValueError(f"{path}: {bad.sum()} boxes have no area, first row {bad.idxmax()} of the file: "
                          "expected left < right and top < bottom")
+    if labelled and (bad := t.part.str.strip()=='').any(): raise ValueError(f"{path}: {bad.sum()} boxes have no part, first row {bad.idxmax()} of the file")
+    if (bad := t.duplicated(['image',*columns,*labelled])).any(): raise ValueError(f"{path}: {bad.sum()} boxes stand twice, first row {bad.idxmax()} of the file")
     if lacking := [n for n in names if n not in set(t.image)]:
         raise ValueError(f"{path} has no box of {len(lacking)} images, first {lacking[0]}: leave them out of the maps")
     of = dict([*t.groupby('image')])
-    return [torch.tensor(of[n][[*columns]].to_numpy(float), dtype=torch.float32) for n in names],[of[n].part.tolist() for n in names] if 'part' in t else None
+    return [torch.tensor(of[n][[*columns]].to_numpy(float), dtype=torch.float32) for n in names],[of[n].part.tolist() for n in names] if labelled else None
 
 # %% ../../nbs/02e_scores.ipynb #13bed2d9
 def image_iou(

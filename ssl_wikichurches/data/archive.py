@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ZENODO', 'RECORD', 'file_digest', 'file_problem', 'readable_bytes', 'need_space', 'full_disk_explained',
            'serve_record', 'web_session', 'Traffic', 'RemoteFile', 'record_files', 'NoRange', 'transfer', 'pull',
-           'one_at_a_time', 'way_out', 'safe_members', 'DamagedMember', 'save_member', 'open_remote_zip']
+           'one_at_a_time', 'DamagedMember', 'archive_explained', 'open_archive', 'way_out', 'safe_members',
+           'save_member', 'open_remote_zip']
 
 # %% ../../nbs/00f_archive.ipynb #78bde11c
-import errno, hashlib, json, os, re, shutil, socket, stat, tarfile, time, zipfile, zlib
+import errno, gzip, hashlib, json, lzma, os, re, shutil, socket, stat, struct, tarfile, time, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -233,6 +234,10 @@ def _ask(session, file, at, stop, part, etag):
     answer = session.get(file.url, headers=headers, stream=True, timeout=_TIMEOUT)
     if answer.status_code==416: return answer # there is nothing from `at` on
     answer.raise_for_status()
+    if (kind := answer.headers.get('Content-Encoding', 'identity').strip().lower()) not in ('','identity'):
+        answer.close()
+        raise OSError(f"{urlsplit(file.url).netloc} sends {file.name} encoded as {kind}, though it was asked for the bytes as they are: "
+                      "is there a proxy on the way? Use another network, or fetch the file with a browser")
     whole = answer.status_code!=206
     if whole and part: answer.close(); raise NoRange(f"{urlsplit(file.url).netloc} sends {file.name} only as a whole")
     _compare(answer, file, at, whole)
@@ -289,6 +294,8 @@ def _fetch_part(session, file, part, resume, patience, progress):
     return answers
 
 # %% ../../nbs/00f_archive.ipynb #8860b7a6
+_ATTEMPTS = 3 # transfers of a file that turns out not to be the record's
+
 def pull(
     session:requests.Session,
     file:RemoteFile,
@@ -299,16 +306,16 @@ def pull(
     "Fetch a file, or the rest of it, and check it. Raises OSError, and leaves nothing under `path`, if the bytes are not the record's."
     path = Path(path); part = path.with_name(path.name+'.part')
     if not file_problem(path, file.expected): return False
-    while True:
+    for n in range(1, _ATTEMPTS+1):
         resume = part.is_file() and 0<part.stat().st_size<=file.size
         answers = _fetch_part(session, file, part, resume, patience, progress)
-        if not (problem := file_problem(part, file.expected)): break
+        if not (problem := file_problem(part, file.expected)):
+            os.replace(part, path)
+            return True
         part.unlink()
-        if not resume and answers==1:
-            raise OSError(f"{file.name} came as {urlsplit(file.url).netloc} sends it, but is not what the record lists: {problem}. "
-                          "Nothing was kept; run again later")
-    os.replace(part, path)
-    return True
+        if not resume and answers==1: break # as a whole, from one answer
+    raise OSError(f"{file.name} came as {urlsplit(file.url).netloc} sends it, but is not what the record lists: {problem}. "
+                  f"Nothing was kept of {n} transfers; run again later")
 
 # %% ../../nbs/00f_archive.ipynb #8226412b
 @contextmanager
@@ -321,6 +328,31 @@ def one_at_a_time(
     except Timeout: raise RuntimeError(f"another process is downloading into {folder}: wait until it has ended, then run again") from None
     try: yield
     finally: lock.release()
+
+# %% ../../nbs/00f_archive.ipynb #454e2b8c
+class DamagedMember(OSError): "A file of an archive whose bytes do not add up."
+
+_DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError,
+            RuntimeError, LookupError, UnicodeError, OverflowError)
+
+@contextmanager
+def archive_explained(
+    what:str, # archive or member that is read
+    kind:type=OSError, # of the error, a subclass of OSError
+):
+    "Damage of an archive, and what this Python cannot unpack, as one kind of error that says where."
+    try: yield
+    except (*_DAMAGE, OSError) as e:
+        if not isinstance(e, _DAMAGE) and not (type(e) is OSError and (e.args==('Invalid data stream',) or e.errno==errno.EINVAL)):
+            raise # bz2 says no more, and a place before the beginning was sought; all others are of disk or network
+        raise kind(f"{what} cannot be read: it is damaged, or packed in a way that this Python does not know ({type(e).__name__}: {e})") from e
+
+def open_archive(
+    path:str|os.PathLike, # a zip archive where that is its suffix, else a tar file
+): # zipfile.ZipFile or tarfile.TarFile
+    "Open an archive of this machine. OSError, with its name, if it is none."
+    path = Path(path)
+    with archive_explained(path.name): return zipfile.ZipFile(path) if path.suffix=='.zip' else tarfile.open(path)
 
 # %% ../../nbs/00f_archive.ipynb #44b803d7
 def way_out(
@@ -346,15 +378,14 @@ def safe_members(
 )->list: # (path as PurePosixPath, member) of every regular file
     "Files of an archive. Raises ValueError if any member is a link or a device, or would be written elsewhere."
     is_tar = isinstance(archive, tarfile.TarFile)
-    found = [(m.name if is_tar else m.orig_filename, _kind(m), m) for m in (archive.getmembers() if is_tar else archive.infolist())]
+    with archive_explained(Path(str((archive.name if is_tar else archive.filename) or 'the archive')).name):
+        found = [(m.name if is_tar else m.orig_filename, _kind(m), m) for m in (archive.getmembers() if is_tar else archive.infolist())]
     for name,kind,_ in found:
         problem = 'is a link or a device' if kind=='link or device' else way_out(name) if kind=='file' or name.strip('./') else ''
         if problem: raise ValueError(f"the archive is refused, and nothing of it unpacked: its member {name!r} {problem}")
     return [(PurePosixPath(name), m) for name,kind,m in found if kind=='file']
 
 # %% ../../nbs/00f_archive.ipynb #90fed754
-class DamagedMember(OSError): "A file of an archive whose bytes do not add up."
-
 def save_member(
     archive:zipfile.ZipFile|tarfile.TarFile, # open for reading
     member:zipfile.ZipInfo|tarfile.TarInfo, # a file in it, of `safe_members`
@@ -363,15 +394,13 @@ def save_member(
 )->dict: # size, and crc32 (zip) or md5 (tar has no checksum: of what was written), for `file_problem`
     "Unpack one file. Raises OSError, and leaves nothing under `path`, if the archive is damaged there."
     is_tar,part = isinstance(archive, tarfile.TarFile),Path(part)
-    size = member.size if is_tar else member.file_size
+    name,size = (member.name,member.size) if is_tar else (member.filename,member.file_size)
     try:
-        with full_disk_explained(part.parent), (archive.extractfile if is_tar else archive.open)(member) as source, open(part, 'wb') as sink:
-            shutil.copyfileobj(source, sink, 1<<20)
-        if (got := part.stat().st_size)!=size: raise EOFError(f'{got} of {size} bytes')
+        with full_disk_explained(part.parent), archive_explained(f'{name} in its archive', DamagedMember):
+            with (archive.extractfile if is_tar else archive.open)(member) as source, open(part, 'wb') as sink: shutil.copyfileobj(source, sink, 1<<20)
+            if (got := part.stat().st_size)!=size: raise EOFError(f'{got} of {size} bytes')
         entry = dict(size=size, md5=file_digest(part)) if is_tar else dict(size=size, crc32=f'{member.CRC:08x}')
         os.replace(part, path)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as e:
-        raise DamagedMember(f"{member.name if is_tar else member.filename} is damaged in its archive ({e})") from e
     finally: part.unlink(missing_ok=True)
     return entry
 
@@ -391,7 +420,8 @@ def open_remote_zip(
     file:RemoteFile, # a zip archive
 )->zipfile.ZipFile: # reads over the network; its members are checked by CRC
     "Open an archive where it is. Raises NoRange if the server sends whole files only, OSError if it is no archive."
-    try: return RemoteZip(file.url, session=session, initial_buffer_size=1<<14, fetcher=partial(_Spans, file))
-    except zipfile.BadZipFile as e:
-        if isinstance(e.__context__, OSError): raise e.__context__ from None # zipfile takes every failure at the end of the file for this
-        raise OSError(f"{file.name} at {urlsplit(file.url).netloc} cannot be read as a zip archive ({e})") from e
+    with archive_explained(f'{file.name} at {urlsplit(file.url).netloc}'):
+        try: return RemoteZip(file.url, session=session, initial_buffer_size=1<<14, fetcher=partial(_Spans, file))
+        except zipfile.BadZipFile as e:
+            if isinstance(e.__context__, OSError): raise e.__context__ from None # zipfile takes every failure at the end of the file for this
+            raise

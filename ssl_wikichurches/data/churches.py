@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'GEOMETRIES', 'BOX_COLUMNS', 'PREPARED_RECORD', 'ENTRY', 'clip_boxes', 'church_id', 'read_style_names',
-           'read_classes', 'read_church_styles', 'read_parts', 'read_prepared', 'file_stamp', 'Churches',
-           'photograph_names', 'read_churches', 'ToSquare', 'eval_transform', 'train_transform', 'box_mask',
-           'ChurchDataset', 'boxes_in_view']
+           'read_classes', 'read_church_records', 'read_church_styles', 'read_parts', 'read_prepared', 'file_stamp',
+           'Churches', 'is_litter', 'photograph_names', 'read_churches', 'ToSquare', 'eval_transform',
+           'train_transform', 'box_corners', 'box_mask', 'ChurchDataset', 'boxes_in_view']
 
 # %% ../../nbs/00_data.ipynb #abdf285c
-import json, os, reprlib
-from dataclasses import dataclass, field
+import os, reprlib, unicodedata
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 import numpy as np, pandas as pd
+from .files import once, read_json, read_text
 from .codec import MARGIN, check_image, image_size, open_image
 
 # %% ../../nbs/00_data.ipynb #509b0392
@@ -43,27 +44,10 @@ def church_id(
     return church
 
 # %% ../../nbs/00_data.ipynb #2baf8d90
-def _read_text(path):
+def _in_folder(path, read=read_json):
+    "What a file of the folder holds."
     if not path.is_file(): raise FileNotFoundError(f"{path.name} is missing from {path.parent}: is this a WikiChurches folder?")
-    try: return path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f"{path.name} is not UTF-8 text ({e}): was it written to its end?") from e
-
-# %% ../../nbs/00_data.ipynb #e7249201
-def _once(pairs):
-    "A dictionary of pairs of which no key stands twice."
-    out = {}
-    for k,v in pairs:
-        if k in out: raise KeyError(k)
-        out[k] = v
-    return out
-
-# %% ../../nbs/00_data.ipynb #3852059f
-def _read_json(path):
-    text = _read_text(path)
-    try: return json.loads(text, object_pairs_hook=_once)
-    except KeyError as e: raise ValueError(f"{path.name}: the key {e.args[0]!r} stands twice in one object: which is meant?") from None
-    except ValueError as e: raise ValueError(f"{path.name} is not valid JSON ({e}): was the download complete?") from e
-    except RecursionError: raise ValueError(f"{path.name} is nested too deeply: is this the right file?") from None
+    return read(path)
 
 # %% ../../nbs/00_data.ipynb #6c109aba
 _TYPE_NAMES = {dict:'an object', list:'a list', str:'a text', int:'a whole number of 64 bits', (int,float):'a number',
@@ -83,9 +67,9 @@ def _texts(entry, key, where):
 # %% ../../nbs/00_data.ipynb #7810f368
 def _read_names(path):
     "Names by id; one a line, `Q-id name with spaces`."
-    lines = [l.split(maxsplit=1) for l in _read_text(path).splitlines() if l.strip()]
+    lines = [l.split(maxsplit=1) for l in _in_folder(path, read_text).splitlines() if l.strip()]
     if bad := [l for l in lines if len(l)!=2]: raise ValueError(f"{path.name}: expected 'Q-id name', got {' '.join(bad[0])!r}")
-    try: return _once((q,name.strip()) for q,name in lines)
+    try: return once((q,name.strip()) for q,name in lines)
     except KeyError as e: raise ValueError(f"{path.name}: {e.args[0]!r} stands on two lines: which name is meant?") from None
 
 def read_style_names(
@@ -109,21 +93,31 @@ def read_classes(
     return _checked_classes(_read_names(path), path.name) if path.is_file() else dict(STYLES)
 
 # %% ../../nbs/00_data.ipynb #6cfbcdff
+def read_church_records(
+    root:str|os.PathLike, # WikiChurches folder
+)->dict: # Q-id of a church -> its object in `churches.json`
+    "What is known of all churches."
+    found = _in_folder(Path(root)/'churches.json')
+    if isinstance(found, list):
+        ids = [_expect(_expect(c, dict, f'churches.json: [{i}]').get('id'), str, f'churches.json: [{i}].id') for i,c in enumerate(found)]
+        try: found = once(zip(ids, found))
+        except KeyError as e: raise ValueError(f"churches.json: two churches have the id {e.args[0]!r}: which is meant?") from None
+    return {q:_expect(c, dict, f'churches.json: {q}') for q,c in _expect(found, dict, 'churches.json').items()}
+
 def read_church_styles(
     root:str|os.PathLike, # WikiChurches folder
 )->dict: # Q-id of a church -> tuple of Q-ids of its styles, of every church in `churches.json`
     "Styles of all churches; a church without a style has an empty tuple."
-    found = _read_json(Path(root)/'churches.json')
-    if isinstance(found, list):
-        ids = [_expect(_expect(c, dict, f'churches.json: [{i}]').get('id'), str, f'churches.json: [{i}].id') for i,c in enumerate(found)]
-        try: found = _once(zip(ids, found))
-        except KeyError as e: raise ValueError(f"churches.json: two churches have the id {e.args[0]!r}: which is meant?") from None
-    found = _expect(found, dict, 'churches.json')
-    return {q:_texts(_expect(c, dict, f'churches.json: {q}'), 'styles', f'churches.json: {q}') for q,c in found.items()}
+    return {q:_texts(c, 'styles', f'churches.json: {q}') for q,c in read_church_records(root).items()}
 
 # %% ../../nbs/00_data.ipynb #375b1ca5
 BOX_COLUMNS = ['image', 'part', 'part_id', 'group', 'left', 'top', 'width', 'height']
 _BOX_TYPES = dict(part_id=int, group=int, left=float, top=float, width=float, height=float)
+
+def _unit(place):
+    "What coordinates are that end more than a whole frame beyond its edges; '' for others."
+    edges = [place['left'], place['top'], place['left']+place['width'], place['top']+place['height']]
+    return '' if -1<=min(edges) and max(edges)<=2 else 'percent or pixels' if max(map(abs, edges))<=100 else 'pixels'
 
 def _box(e, n_parts, where):
     "Part and place of one element."
@@ -132,6 +126,8 @@ def _box(e, n_parts, where):
     place = {k:_expect(e.get(k), (int,float), f'{where}.{k}') for k in BOX_COLUMNS[4:]}
     if wrong := [k for k,v in place.items() if not abs(v)<=1e6]: # written so that a NaN is wrong, too
         raise ValueError(f"{where}.{wrong[0]} is {reprlib.repr(place[wrong[0]])}: it is not finite, or no fraction of an image")
+    if unit := _unit(place):
+        raise ValueError(f"{where} is {place}: that looks like {unit}, but fractions of the image are expected, from 0 to 1; divide by its width and height")
     return dict(part_id=part, **place)
 
 # %% ../../nbs/00_data.ipynb #bb12ba08
@@ -159,11 +155,16 @@ def _read_ontology(meta):
     return pd.DataFrame(rows, columns=['name','parents'])
 
 # %% ../../nbs/00_data.ipynb #f2f4ec24
+def _problem_boxes(boxes, raw):
+    "Why a box is left out; '' where it is not."
+    twice,flat = raw.duplicated(),(boxes.width<=0)|(boxes.height<=0)
+    return [f'box of {p} has no area inside the frame' if f else f'box of {p} stands twice' if t else '' for p,f,t in zip(boxes.part, flat, twice)]
+
 def read_parts(
     root:str|os.PathLike, # WikiChurches folder
-)->tuple: # parts, boxes (clipped, with area), boxes without area, styles tagged by the annotators {image: tuple of Q-ids}
+)->tuple: # parts, boxes (clipped, with area), boxes that are left out with their problem, styles tagged by the annotators {image: tuple of Q-ids}
     "Ontology and expert boxes from `building_parts.json`."
-    d = _expect(_read_json(Path(root)/'building_parts.json'), dict, 'building_parts.json')
+    d = _expect(_in_folder(Path(root)/'building_parts.json'), dict, 'building_parts.json')
     parts = _read_ontology(_expect(d.get('meta'), list, 'building_parts.json: meta'))
     found = _expect(d.get('annotations'), dict, 'building_parts.json: annotations')
     for n,a in found.items():
@@ -171,12 +172,12 @@ def read_parts(
         except ValueError as e: raise ValueError(f'building_parts.json: {e}') from None
         _expect(a, dict, f'building_parts.json: {n}')
     rows = [r for n,a in found.items() for r in _box_rows(n, a, len(parts))]
-    boxes = pd.DataFrame(rows, columns=[c for c in BOX_COLUMNS if c!='part']).astype(_BOX_TYPES)
+    raw = pd.DataFrame(rows, columns=[c for c in BOX_COLUMNS if c!='part']).astype(_BOX_TYPES)
+    boxes = clip_boxes(raw)
     boxes.insert(1, 'part', parts.name.reindex(boxes.part_id).to_numpy())
-    boxes = clip_boxes(boxes)
-    flat = (boxes.width<=0)|(boxes.height<=0)
+    problem = pd.Series(_problem_boxes(boxes, raw), boxes.index, dtype=object)
     tags = {n:_texts(a, 'styles', f'building_parts.json: {n}') for n,a in found.items()}
-    return parts, boxes[~flat].reset_index(drop=True), boxes[flat], tags
+    return parts, boxes[problem==''].reset_index(drop=True), boxes.assign(problem=problem)[problem!=''], tags
 
 # %% ../../nbs/00_data.ipynb #e4c75c34
 PREPARED_RECORD = 'prepared.json'
@@ -185,7 +186,7 @@ ENTRY = dict(source_bytes=int, source_ns=int, width=int, height=int, format=str,
 
 def _read_prepared_record(path):
     "Side of the copies, and the entries."
-    d = _expect(_read_json(path), dict, path.name)
+    d = _expect(read_json(path), dict, path.name)
     side = _expect(_expect(d.get('settings'), dict, f'{path.name}: settings').get('side'), int, f'{path.name}: settings.side')
     for n,e in _expect(d.get('photographs'), dict, f'{path.name}: photographs').items():
         for k,kind in ENTRY.items(): _expect(_expect(e, dict, f'{path.name}: {n}').get(k), kind, f'{path.name}: {n}.{k}')
@@ -230,6 +231,8 @@ class Churches:
     prepared:dict = field(default_factory=dict) # of `read_prepared`
     classes:dict = field(default_factory=lambda: dict(STYLES)) # Q-id -> name of the styles to distinguish, in class order
 
+    withheld:frozenset = frozenset() # churches of photographs with boxes of which nothing can be measured
+
     @property
     def class_names(self)->tuple: return tuple(self.classes.values()) # in class order
     def groups(self, names)->list: # the group of each image: what must not be divided between training and evaluation
@@ -237,6 +240,13 @@ class Churches:
         if lost := [n for n in names if n not in self.images.index]:
             raise ValueError(f"{len(lost)} images are not in {self}: {lost[:3]}")
         return self.images.church.loc[names].tolist()
+    @property
+    def held_out(self)->set: # churches that are never trained on: those with expert boxes
+        return {*self.images.church[self.images.annotated], *self.withheld}
+    def without(self, names): # the same without some photographs; the churches of those with boxes stay held out
+        images = self.images.drop(index=[n for n in names if n in self.images.index])
+        boxes = self.boxes[self.boxes.image.isin(images.index)].reset_index(drop=True)
+        return replace(self, images=images, boxes=boxes, withheld=frozenset(self.held_out-{*images.church[images.annotated]}))
     def path(self, name:str)->Path: return self.root/'images'/name
     def prepared_path(self, name:str, side:int)->Path: # the smallest copy that is up to date and serves for `side`, or the photograph itself
         copies = ((entries.get(name), self.root/folder/name) for folder,entries in self.prepared.items())
@@ -246,44 +256,96 @@ class Churches:
                 f"{int(self.images.annotated.sum())} with {len(self.boxes)} boxes, {len(self.problems)} problems)")
 
 # %% ../../nbs/00_data.ipynb #bc716049
+_LITTER = 'thumbs.db','ehthumbs.db','desktop.ini','icon\r'
+
+def is_litter(
+    path:str|PurePath, # below the folder in question
+)->bool:
+    "Whether a file is what systems leave among photographs, or lies in a folder of that kind."
+    path = PurePosixPath(path)
+    return '__MACOSX' in path.parts or path.name.startswith('.') or path.name.lower() in _LITTER or path.name.endswith(':Zone.Identifier')
+
+def _entries(root):
+    "Names of the files in `images`, links that lead nowhere among them; and its folders."
+    folder = Path(root)/'images'
+    if not folder.is_dir(): raise FileNotFoundError(f"{root} has no folder images/: is this a WikiChurches folder?")
+    with os.scandir(folder) as found: entries = [(e.name, e.is_dir()) for e in found if not is_litter(e.name)]
+    return sorted(n for n,is_dir in entries if not is_dir),sorted(n for n,is_dir in entries if is_dir)
+
 def photograph_names(
     root:str|os.PathLike, # WikiChurches folder
 )->list: # sorted file names
-    "Files in `images`, without hidden ones."
-    folder = Path(root)/'images'
-    if not folder.is_dir(): raise FileNotFoundError(f"{root} has no folder images/: is this a WikiChurches folder?")
-    return sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith('.'))
+    "Files in `images`, without litter."
+    return _entries(root)[0]
 
 # %% ../../nbs/00_data.ipynb #53245669
-def _image_row(name, churches, tags, style_names):
+def _church_of(name, churches):
     church = church_id(name)
     if church not in churches: raise ValueError(f"{name}: church {church} is not in churches.json")
+    return church
+
+def _image_row(name, church, churches, tags, style_names):
     styles = tags.get(name) or churches[church]
     if unknown := [s for s in (*styles,*churches[church]) if s not in style_names]:
         raise ValueError(f"{name}: style {unknown[0]} is not in style_names.txt")
     return dict(image=name, church=church, styles=styles, church_styles=churches[church])
 
 # %% ../../nbs/00_data.ipynb #631cd027
-def _image_table(root, churches, tags, style_names):
-    names = {*photograph_names(root), *tags}
-    rows = [_image_row(n, churches, tags, style_names) for n in sorted(names)]
-    return pd.DataFrame(rows, columns=['image','church','styles','church_styles']).set_index('image')
+def _downloaded_names(root):
+    "Photographs that `download.json` says were fetched."
+    path = Path(root)/'download.json'
+    if not path.is_file(): return []
+    files = _expect(_expect(read_json(path), dict, path.name).get('files'), dict, f'{path.name}: files')
+    return [p.removeprefix('images/') for p in files if p.startswith('images/')]
+
+def _image_table(root, churches, tags, style_names, on_error):
+    "The images; and files that are none of a church, with the reason, where they are to be skipped."
+    owner,odd = {},{}
+    for n in sorted({*photograph_names(root), *_downloaded_names(root), *tags}):
+        try: owner[n] = _church_of(n, churches)
+        except ValueError as e:
+            if on_error=='raise' or n in tags: raise
+            odd[n] = str(e)
+    rows = [_image_row(n, q, churches, tags, style_names) for n,q in owner.items()]
+    return pd.DataFrame(rows, columns=['image','church','styles','church_styles']).set_index('image'),odd
 
 # %% ../../nbs/00_data.ipynb #9bfcdd2a
+def _nearly(name):
+    "The same for names that differ in case, blanks, the Unicode form of their letters, or what follows the last dot."
+    name = ''.join(unicodedata.normalize('NFKC', name).casefold().split())
+    return name.rpartition('.')[0] or name
+
+def _lost(path, near, fetched):
+    "Why a photograph is not there."
+    if path.is_symlink(): return 'it is a link to a file that is not there: fetch that (with git-annex: `git annex get`)'
+    found = [n for n in near.get(_nearly(path.name), ()) if n!=path.name]
+    if found: return f"missing, but there is {', '.join(map(repr, found))}: rename it"
+    return 'missing'+', though it was fetched: run `wikichurches_download --verify`'*(path.name in fetched)
+
+def _misplaced(root):
+    "Photographs in folders below `images`, of which there are none in `images` itself."
+    files,folders = _entries(root)
+    found = (p.relative_to(Path(root)/'images') for d in folders for p in sorted((Path(root)/'images'/d).rglob('*')) if not p.is_dir())
+    return {p.as_posix():'it lies in a folder below images/: move it into images/ itself' for p in found
+            if not is_litter(p) and p.name.startswith('Q') and '_' in p.name and p.name not in {*files}}
+
+# %% ../../nbs/00_data.ipynb #e083f592
 def _unusable(root, names, verify, prepared):
     "What is wrong with which photographs; what `prepare` found of a file that has not changed since is believed."
+    near,fetched = {},{*_downloaded_names(root)}
+    for n in photograph_names(root): near.setdefault(_nearly(n), []).append(n)
     def check(name):
         path = root/'images'/name
-        if not path.is_file(): return 'missing'
+        if not path.is_file(): return _lost(path, near, fetched)
         known = [e for entries in prepared.values() if file_stamp(path).items()<=(e := entries.get(name, {})).items()]
         return known[0]['problem'] if known else check_image(path) if verify else ''
-    return {n:problem for n in names if (problem := check(n))}
+    return _misplaced(root)|{n:problem for n in names if (problem := check(n))}
 
 # %% ../../nbs/00_data.ipynb #8b30059f
 def read_churches(
     root:str|os.PathLike, # folder with images/, churches.json, building_parts.json, style_names.txt, and classes.txt where it has other classes
     on_error:str='raise', # a missing or broken photograph: 'raise' stops; 'skip' leaves it out and lists it in `problems`
-    verify:bool=True, # decode every photograph that `prepare` has not seen; False only checks that the annotated files exist
+    verify:bool=True, # decode every photograph that `prepare` has not seen; False only checks that the files exist
     classes:dict=None, # Q-id -> name of the styles to distinguish, in class order; None: of `read_classes`
 )->Churches:
     "Read a folder in the layout of WikiChurches. ValueError, with file and entry: not understood; OSError: not there, or broken."
@@ -292,18 +354,16 @@ def read_churches(
     photograph_names(root)
     classes = read_classes(root) if classes is None else _checked_classes(classes, 'classes')
     style_names,churches,prepared = read_style_names(root), read_church_styles(root), read_prepared(root)
-    parts,boxes,flat,tags = read_parts(root)
-    images = _image_table(root, churches, tags, style_names)
-    wrong = _unusable(root, images.index, verify, prepared)
+    parts,boxes,left_out,tags = read_parts(root)
+    images,odd = _image_table(root, churches, tags, style_names, on_error)
+    wrong = odd|_unusable(root, images.index, verify, prepared)
     if wrong and on_error=='raise':
         some = '; '.join(f'{n} ({p})' for n,p in list(wrong.items())[:5])
-        raise OSError(f"{len(wrong)} of {len(images)} photographs cannot be used: {some}. Repair them, or pass on_error='skip'")
-    images = images.drop(index=list(wrong))
-    boxes = boxes[boxes.image.isin(images.index)].reset_index(drop=True)
-    images['annotated'] = images.index.isin(boxes.image)
-    noarea = [dict(image=i, problem=f'box of {p} has no area inside the frame') for i,p in zip(flat.image, flat.part)]
-    problems = pd.DataFrame([dict(image=n, problem=p) for n,p in wrong.items()]+noarea, columns=['image','problem'])
-    return Churches(root, images, boxes, parts, style_names, problems, prepared, classes)
+        raise OSError(f"{len(wrong)} of {len({*images.index, *wrong})} photographs cannot be used: {some}. Repair them, or pass on_error='skip'")
+    problems = [*wrong.items(), *zip(left_out.image, left_out.problem)]
+    whole = Churches(root, images.assign(annotated=images.index.isin(boxes.image)), boxes, parts, style_names,
+                     pd.DataFrame(problems, columns=['image','problem']), prepared, classes, frozenset(map(church_id, left_out.image)))
+    return whole.without(wrong)
 
 # %% ../../nbs/00_data.ipynb #ad37745a
 class _Letterbox:
@@ -322,6 +382,20 @@ class _Letterbox:
         from torchvision.transforms.v2 import functional as VF
         return VF.pad(VF.resize(inpt, hw, antialias=True), pad, fill=.5 if isinstance(inpt, tv_tensors.Image) else 0)
 
+# %% ../../nbs/00_data.ipynb #4407f645
+_STRIP = 16 # a photograph that is longer than so many times its width is a strip
+
+class _Middle:
+    "Cut a strip to its middle before its longer side is enlarged together with the shorter one; all else passes as it is."
+    def __repr__(self): return f'Middle(at_most={_STRIP})'
+    def __call__(self, *inputs):
+        from torchvision.transforms.v2 import functional as VF
+        h,w = VF.get_size(inputs[0])
+        if (off := (max(h,w)-_STRIP*min(h,w))//2)>0: # the same from both ends, so that the center stays
+            top,left = (off,0) if h>w else (0,off)
+            inputs = [VF.crop(i, top, left, h-2*top, w-2*left) for i in inputs]
+        return tuple(inputs) if len(inputs)>1 else inputs[0]
+
 # %% ../../nbs/00_data.ipynb #aad0f9a9
 def _before_crop(size): return round(size*256/224)
 
@@ -331,9 +405,10 @@ def _square_steps(size, geometry, augment):
     from torchvision.transforms import v2
     first = _before_crop(size) if augment or geometry=='crop' else size
     scale = _Letterbox(first) if geometry=='letterbox' else v2.Resize((first,first) if geometry=='squash' else first, antialias=True)
-    if not augment: return v2.Compose([scale, v2.CenterCrop(size)] if geometry=='crop' else [scale])
+    scale = [_Middle(), scale] if geometry=='crop' else [scale]
+    if not augment: return v2.Compose([*scale, v2.CenterCrop(size)] if geometry=='crop' else scale)
     cut = v2.RandomResizedCrop((size,size), scale=(.8,1.), antialias=True)
-    return v2.Compose([scale, cut, v2.RandomHorizontalFlip(.5), v2.ColorJitter(brightness=.2, contrast=.2)])
+    return v2.Compose([*scale, cut, v2.RandomHorizontalFlip(.5), v2.ColorJitter(brightness=.2, contrast=.2)])
 
 @dataclass(frozen=True)
 class ToSquare:
@@ -368,15 +443,28 @@ def train_transform(
     return ToSquare(size, geometry, augment=True)
 
 # %% ../../nbs/00_data.ipynb #f9b98cfa
+def box_corners(
+    boxes, # (n, 4): left, top, right, bottom; or torchvision's `BoundingBoxes`, in the format that they say
+): # tensor (n, 4): left, top, right, bottom, of no subclass
+    "The corners of boxes."
+    import torch
+    kind = getattr(boxes, 'format', None)
+    plain = torch.as_tensor(boxes).as_subclass(torch.Tensor)
+    if kind is None or kind.name=='XYXY': return plain
+    if kind.name not in ('XYWH','CXCYWH'): raise ValueError(f"boxes are in format {kind.name}, which may be turned: expected XYXY, XYWH or CXCYWH")
+    from torchvision.transforms.v2.functional import convert_bounding_box_format
+    return convert_bounding_box_format(plain.float(), old_format=kind, new_format='XYXY')
+
 def box_mask(
-    boxes, # tensor (n, 4): left, top, right, bottom in pixels
+    boxes, # (n, 4), as for `box_corners`, in pixels
     size:int, # side of the square frame, in pixels
 ): # tensor (size, size) bool: the union of the boxes
     "Pixels whose center lies inside at least one box."
     import torch
+    boxes = box_corners(boxes)
     if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (n, 4)")
     c = torch.arange(size)+.5
-    x0,y0,x1,y1 = boxes.as_subclass(torch.Tensor).float().T[...,None]
+    x0,y0,x1,y1 = boxes.float().T[...,None]
     inx,iny = (c>=x0)&(c<x1), (c>=y0)&(c<y1)
     return (iny[:,:,None]&inx[:,None,:]).any(dim=0)
 

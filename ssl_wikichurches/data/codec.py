@@ -10,18 +10,28 @@ import os
 from pathlib import Path
 import numpy as np
 from PIL import Image
+from simplejpeg import decode_jpeg, decode_jpeg_header
 
 # %% ../../nbs/00B_codec.ipynb #e5c462a5
 FORMATS = ('JPEG', 'PNG', 'TIFF', 'WEBP', 'GIF', 'BMP')
 MAX_PIXELS = 10**9
 _TURNS = dict(enumerate(('FLIP_LEFT_RIGHT','ROTATE_180','FLIP_TOP_BOTTOM','TRANSPOSE','ROTATE_270','TRANSVERSE','ROTATE_90'), start=2))
 
+def _foreign(start):
+    "What a file is that is no picture, as far as its first 16 bytes tell."
+    for what,is_it in {'it is empty: was the download complete?':not start, 'it is filled with zeros: was the download complete?':not start.strip(b'\0'),
+                       'it is a page of the web, not a picture: open it in a browser':start.lstrip(b'\xef\xbb\xbf \t\r\n')[:1]==b'<',
+                       'it is a pointer of Git LFS or git-annex: fetch what it points to':start.startswith((b'version https:', b'/annex/objects/')),
+                       'it is HEIC, AVIF or a film: save it as JPEG or PNG':start[4:8]==b'ftyp'}.items():
+        if is_it: return what
+    return f"it is none of {', '.join(FORMATS)}"
+
 def _open(fp):
     "A picture whose header has been read."
     start = fp.read(16)
     Image.init()
     kind = next((k for k in FORMATS if Image.OPEN[k][1](start) is True), None)
-    if kind is None: raise ValueError(f"it is none of {', '.join(FORMATS)}")
+    if kind is None: raise ValueError(_foreign(start))
     fp.seek(0)
     im = Image.OPEN[kind][0](fp, '') # not Image.open, whose limit is too low
     if im.width*im.height>MAX_PIXELS:
@@ -37,11 +47,13 @@ def _turn(im):
 
 # %% ../../nbs/00B_codec.ipynb #eab124e9
 def _named(path, read):
-    "The result of `read`, given the open file; what goes wrong in there becomes an OSError that names the file."
+    "The result of `read`, given the open file; what goes wrong becomes an OSError that names the file, with an `errno` where the system is to blame."
     try:
         with open(path, 'rb') as fp: return read(fp)
     except (FileNotFoundError, MemoryError): raise
-    except Exception as e: raise OSError(f"cannot decode {Path(path).name}: {e or type(e).__name__}") from e # decoders raise nearly anything
+    except Exception as e: # decoders raise nearly anything
+        if isinstance(e, OSError) and e.errno is not None: raise OSError(e.errno, f"cannot read {Path(path).name}: {os.strerror(e.errno)}") from e
+        raise OSError(f"cannot decode {Path(path).name}: {e or type(e).__name__}") from e
 
 # %% ../../nbs/00B_codec.ipynb #8f362299
 def _header(fp):
@@ -77,12 +89,20 @@ def _span(im):
     return (0,usual[0]) if usual else (low,max(high,low+1))
 
 # %% ../../nbs/00B_codec.ipynb #11aa1e1f
+_KEY_SCALE = {'L;2':85, 'L;4':17, 'RGB;16B':1/256} # from the file's bits to those of the decoded picture
+
+def _key(im):
+    "Put the transparent color of a PNG into the bits of the decoded picture; to be called before it is decoded."
+    scale,key = _KEY_SCALE.get(im.tile[0][3] if im.format=='PNG' and im.tile else None, 1),im.info.get('transparency')
+    if scale!=1 and key is not None: im.info['transparency'] = tuple(int(k*scale) for k in key) if isinstance(key, tuple) else key*scale
+
 def _to_rgb(im, span):
     "Some rows as RGB."
     if span:
-        a,(black,white) = np.asarray(im, np.float64),span
+        a,(black,white),key = np.asarray(im, np.float64),span,im.info.get('transparency')
         if not np.isfinite(a).all(): raise ValueError("it has values that are not finite")
-        im = Image.fromarray(np.rint((a-black)*(255/(white-black))).clip(0, 255).astype(np.uint8))
+        gray = np.rint((a-black)*(255/(white-black))).clip(0, 255).astype(np.uint8)
+        im = Image.fromarray(gray if key is None else np.where(a==key, np.uint8(255), gray))
     elif im.has_transparency_data:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -107,18 +127,23 @@ def _exact(im, extent):
     return im.resize([max(1, round(e)) for e in extent], Image.Resampling.BICUBIC, (0,0,*extent))
 
 # %% ../../nbs/00B_codec.ipynb #0a7ce303
-def _check_end(fp):
-    "A JPEG that ends in zeros must have its end marker before them: a download may reserve a file's place before its bytes come."
+def _check_jpeg(fp, whole):
+    "Raise for a JPEG whose decoder would only warn, and show gray; without `whole`, only if the file ends in zeros, since it costs another pass."
     fp.seek(max(0, fp.seek(0, 2)-16))
-    if fp.read().strip(b'\0'): return
-    fp.seek(0)
-    if not fp.read().rstrip(b'\0').endswith(b'\xff\xd9'): raise ValueError("its end is filled with zeros: was the download complete?")
+    zeros = not fp.read().strip(b'\0') # a download may reserve a file's place before its bytes come
+    if not (whole or zeros): return
+    fp.seek(0); data = fp.read()
+    try: decode_jpeg(data, 'CMYK' if decode_jpeg_header(data)[2] in ('CMYK','YCCK') else 'GRAY', min_factor=8)
+    except ValueError as e:
+        if not str(e).startswith(('Corrupt JPEG data','Premature end')) or 'ICC' in str(e): return # a kind that PIL alone knows, or no harm to the picture
+        raise ValueError("its end is filled with zeros: was the download complete?" if zeros else f"a part of the picture is damaged or missing ({e})") from e
 
 # %% ../../nbs/00B_codec.ipynb #925bb3b1
-def _decode(fp, side):
+def _decode(fp, side, whole):
     im = _open(fp)
+    _key(im)
     turn,extent,least = _turn(im), im.size, MARGIN*(side or 0)
-    if im.format in ('JPEG','MPO'): _check_end(fp)
+    if im.format in ('JPEG','MPO'): _check_jpeg(fp, whole)
     if drafted := side and im.draft(None, (least,least)): extent = drafted[1][2:]
     if im.format=='TIFF': im.im = Image.core.new(im.mode, im._tile_size) # else PIL's limit is asked here
     im.load()
@@ -130,10 +155,11 @@ def _decode(fp, side):
 def open_image(
     path:str|os.PathLike, # image file of one of `FORMATS`
     side:int=None, # shorter side that is needed, in pixels: what is larger is reduced, to no less than twice that; None: as it is
+    whole:bool=False, # refuse a JPEG, too, of which a decoder shows what is missing as gray, with no more than a warning
 )->Image.Image: # RGB, upright
     "Decode a photograph to its last byte. OSError, with the file's name, if that fails; FileNotFoundError if it is not there."
     if side is not None and side<1: raise ValueError(f"side is {side}: expected at least one pixel, or None")
-    return _named(path, lambda fp: _decode(fp, side))
+    return _named(path, lambda fp: _decode(fp, side, whole))
 
 # %% ../../nbs/00B_codec.ipynb #44f81185
 def check_image(
@@ -141,6 +167,6 @@ def check_image(
 )->str: # what is wrong, '' if nothing is
     "Whether a photograph is there and can be decoded to the last byte."
     if not Path(path).is_file(): return 'missing'
-    try: open_image(path, 64)
+    try: open_image(path, 64, whole=True)
     except OSError as e: return str(e)
     return ''

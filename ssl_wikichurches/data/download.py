@@ -9,15 +9,16 @@ __all__ = ['EDITIONS', 'METADATA', 'SELECTIONS', 'MIRROR', 'SOURCES', 'cache_dir
            'download_churches', 'verify_churches']
 
 # %% ../../nbs/00g_download.ipynb #1f3a955a
-import json, os, shutil, tarfile, tempfile, zipfile
+import hashlib, json, os, shutil, tarfile, tempfile, zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 import pandas as pd, requests
 from tqdm import tqdm
-from .archive import (RECORD, ZENODO, DamagedMember, NoRange, Traffic, file_problem, full_disk_explained, need_space,
-                                      one_at_a_time, open_remote_zip, pull, record_files, safe_members, save_member, way_out, web_session)
-from .churches import Churches, church_id, read_church_styles, read_churches, read_classes, read_parts
+from .files import read_json, read_text
+from .archive import (RECORD, ZENODO, DamagedMember, NoRange, Traffic, archive_explained, file_problem, full_disk_explained, need_space,
+                                           one_at_a_time, open_archive, open_remote_zip, pull, record_files, safe_members, save_member, way_out, web_session)
+from .churches import (Churches, church_id, is_litter, photograph_names, read_church_styles, read_churches, read_classes, read_parts)
 from .synthetic import GENERATOR_VERSION, make_churches
 
 # %% ../../nbs/00g_download.ipynb #e3cea179
@@ -27,6 +28,7 @@ def cache_dir()->Path: # the folder; it need not exist yet
     return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'ssl_wikichurches'
 
 # %% ../../nbs/00g_download.ipynb #85127ad1
+_NEEDED = ('churches.json','building_parts.json','style_names.txt') # by every reader
 _DEFAULT = dict(n=420, n_annotated=60, size=96, seed=0, unlabelled=60)
 _WORLD = dict(n=480, n_annotated=120, size=96, seed=2) # churches enough for a small shift to be seen
 EDITIONS = { # source -> arguments of `make_churches`
@@ -38,23 +40,29 @@ EDITIONS = { # source -> arguments of `make_churches`
     **{f'world-{k}': _WORLD|dict(evidence=k, n=800) for k in ('boxed','shortcut')}, # photographs enough for a tiny backbone to learn a color
     'synthetic-full': dict(n=4727, n_annotated=139, size=224, seed=0, imbalance='real', several=0.)} # counts of the real set
 
+def _whole_drawing(folder, edition):
+    "Whether a drawn set has all its files: a cache may be swept."
+    try: return len(photograph_names(folder))==edition['n']+edition.get('unlabelled', 0) and all((folder/f).is_file() for f in (*_NEEDED,'truth.parquet'))
+    except FileNotFoundError: return False
+
 def synthetic_folder(
     source:str='synthetic', # key of `EDITIONS`
     cache:str|os.PathLike=None, # parent folder; None: `cache_dir()`
     **changes, # arguments of `make_churches`, where they differ from the edition's
 )->Path: # the complete folder
-    "Draw an edition of the synthetic churches, if it is not there yet."
+    "Draw an edition of the synthetic churches, if it is not there yet, or not whole."
     if source not in EDITIONS: raise ValueError(f"no edition is called {source!r}; known are {', '.join(EDITIONS)}")
     edition = EDITIONS[source] | (dict(unlabelled=0) if 'n' in changes else {}) | changes
     name = f'synthetic-v{GENERATOR_VERSION}-' + '-'.join(f'{k}{v}' for k,v in edition.items() if v or k!='unlabelled')
     cache = Path(cache or cache_dir()); final = cache/name
-    if final.is_dir(): return final
+    if _whole_drawing(final, edition): return final
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix='drawing-') as tmp:
         made = make_churches(Path(tmp)/'set', **edition)
+        if final.is_dir() and not _whole_drawing(final, edition): os.rename(final, Path(tmp)/'swept')
         try: os.rename(made, final)
         except OSError:
-            if not final.is_dir(): raise # otherwise another process was first, with the same bytes
+            if not _whole_drawing(final, edition): raise # otherwise another process was first, with the same bytes
     return final
 
 # %% ../../nbs/00g_download.ipynb #496d6cc4
@@ -81,13 +89,17 @@ def load_churches(
     source:str|os.PathLike='synthetic', # key of `EDITIONS`; 'wikichurches', the downloaded set; or a folder in the layout of WikiChurches
     on_error:str='raise', # what to do with a missing or truncated photograph: 'raise' or 'skip' (see `read_churches`)
     verify:bool=None, # decode every photograph once; None: yes for a folder, no for what is drawn or was checked as it was downloaded
+    known:str|os.PathLike=None, # CSV of the `problems` of an earlier reading that did verify: the same photographs are left out again
 )->Churches:
     "The annotated churches of a source. Never uses the network; raises FileNotFoundError where there is nothing to read."
     checked = source in (*EDITIONS,'wikichurches')
-    return read_churches(source_folder(source), on_error, verify=not checked if verify is None else verify)
+    churches = read_churches(source_folder(source), on_error, verify=not checked if verify is None else verify)
+    if known is None: return churches
+    before = pd.read_csv(known, dtype=str, keep_default_na=False)
+    seen = {*zip(churches.problems.image, churches.problems.problem)}
+    return churches.without([i for i,p in zip(before.image, before.problem) if (i,p) not in seen])
 
 # %% ../../nbs/00g_download.ipynb #885e02d7
-_NEEDED = ('churches.json','building_parts.json','style_names.txt')
 METADATA = (*_NEEDED,'parent_child_rel.txt','labels.zip','README.md','LICENSE')
 
 # %% ../../nbs/00g_download.ipynb #d9d6f885
@@ -108,9 +120,6 @@ def fetch_metadata(
             found[n] = dict(state=state, origin=n)|files[n].expected
     return found
 
-# %% ../../nbs/00g_download.ipynb #5093a464
-def _is_litter(path): return '__MACOSX' in path.parts or path.name.startswith('.') or path.name in ('Thumbs.db','desktop.ini')
-
 # %% ../../nbs/00g_download.ipynb #6cf42c01
 def unpack_labels(
     folder:str|os.PathLike, # with labels.zip, or without
@@ -118,15 +127,19 @@ def unpack_labels(
     "Unpack `labels.zip`; what is there and whole stays."
     folder = Path(folder); found = {}
     if not (folder/'labels.zip').is_file(): return found
-    with zipfile.ZipFile(folder/'labels.zip') as archive:
+    with open_archive(folder/'labels.zip') as archive:
         for path,m in safe_members(archive):
-            if _is_litter(path): continue
+            if is_litter(path): continue
             inside = Path('labels', *path.parts[path.parts[0]=='labels':])
+            if found.get(p := inside.as_posix(), dict(crc32=f'{m.CRC:08x}'))['crc32']!=f'{m.CRC:08x}':
+                raise ValueError(f"labels.zip has two files {p}, and they differ: which is meant?")
             entry = dict(size=m.file_size, crc32=f'{m.CRC:08x}')
-            there = not file_problem(folder/inside, entry)
+            state = 'fetched' if file_problem(folder/inside, entry) else 'present'
             (folder/inside).parent.mkdir(parents=True, exist_ok=True)
-            if not there: save_member(archive, m, folder/inside, folder/(inside.name+'.part'))
-            found[inside.as_posix()] = dict(state='present' if there else 'fetched', origin='labels.zip')|entry
+            try:
+                if state=='fetched': save_member(archive, m, folder/inside, folder/(inside.name+'.part'))
+            except DamagedMember: state = 'damaged'
+            found[p] = dict(state=state, origin='labels.zip')|entry
     return found
 
 # %% ../../nbs/00g_download.ipynb #caa74139
@@ -134,11 +147,14 @@ def read_manifest(
     folder:str|os.PathLike, # a WikiChurches folder
 )->dict: # record, base, selections, files {path in the folder: size, md5 or crc32, origin}, shards (what tar files of a mirror hold)
     "What is known of the files of a folder, from `download.json`; nothing, if nothing was downloaded."
-    path = Path(folder)/'download.json'
-    if not path.is_file(): return dict(record=RECORD, base=ZENODO, selections=[], files={}, shards={})
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}): delete it and run the download again, which keeps what is there") from e
+    path,empty = Path(folder)/'download.json',dict(record=RECORD, base=ZENODO, selections=[], files={}, shards={})
+    if not path.is_file(): return empty
+    advice = f"delete it and run the download again, which keeps what is there ({path})"
+    try: d = read_json(path)
+    except ValueError as e: raise ValueError(f"{e}; or {advice}") from e
+    if not isinstance(d, dict) or any(type(d.get(k)) is not type(v) for k,v in empty.items()):
+        raise ValueError(f"{path.name} is no record of a download, which has {', '.join(empty)}: {advice}")
+    return d
 
 # %% ../../nbs/00g_download.ipynb #0098cf7e
 def save_manifest(
@@ -162,7 +178,7 @@ SELECTIONS = ('annotated','leaf','wc4','all')
 def _in_lists(folder):
     lists = sorted((folder/'labels').rglob('wc4_*.txt'))
     if not lists: raise FileNotFoundError(f"images='wc4' needs labels/wc4_*.txt in {folder}, and the record's labels.zip has none")
-    return {line.split()[0] for f in lists for line in f.read_text(encoding='utf-8').splitlines() if line.strip()}
+    return {line.split()[0] for f in lists for line in read_text(f).splitlines() if line.strip()}
 
 # %% ../../nbs/00g_download.ipynb #bbf4b24e
 def choose_images(
@@ -192,7 +208,7 @@ def photographs(
     "Photographs of an archive by file name, in whatever folder they lie. Raises ValueError if two that differ have one name."
     named,left = {},[]
     for path,m in members:
-        if _is_litter(path) or _church_of(path.name) not in churches: left.append(str(path)); continue
+        if is_litter(path) or _church_of(path.name) not in churches: left.append(str(path)); continue
         first = named.setdefault(path.name, m)
         if first is not m and (isinstance(m, tarfile.TarInfo) or (first.file_size, first.CRC)!=(m.file_size, m.CRC)):
             raise ValueError(f"the archive has two photographs {path.name}, and they differ: which one the metadata means cannot be known")
@@ -219,13 +235,13 @@ def _whole_archive(session, file, folder, progress):
     part = folder/'images.zip.part'
     need_space(folder, 2*file.size-(part.stat().st_size if part.is_file() else 0), 'taking and unpacking images.zip')
     pull(session, file, folder/'images.zip', progress=progress)
-    return zipfile.ZipFile(folder/'images.zip')
+    return open_archive(folder/'images.zip')
 
 # %% ../../nbs/00g_download.ipynb #a723ec17
 def _open_images(session, file, folder, whole, progress):
     "The archive where it is; here, if it is here already or cannot be read there."
     local = folder/'images.zip'
-    if local.is_file() and not file_problem(local, file.expected): return zipfile.ZipFile(local)
+    if local.is_file() and not file_problem(local, file.expected): return open_archive(local)
     try: return open_remote_zip(session, file)
     except NoRange as e:
         if whole: return _whole_archive(session, file, folder, progress)
@@ -260,17 +276,31 @@ def images_from_record(
 # %% ../../nbs/00g_download.ipynb #4d5dff87
 _PHOTO = ('.jpg','.jpeg','.png','.tif','.tiff')
 
-def _fitting(path, wanted, by_stem):
-    "The wanted name that a member of a shard stands for: the same, or the only one with this stem."
-    if _is_litter(path) or path.suffix.lower() not in _PHOTO: return None
-    if path.name in wanted: return path.name
-    return fits[0] if len(fits := by_stem.get(path.stem, []))==1 else None
+def _photographs_in(tar): return [(path,m) for path,m in safe_members(tar) if path.suffix.lower() in _PHOTO and not is_litter(path)]
+
+def _candidates(paths, wanted):
+    "For each wanted name the paths that may be meant: those of the same name; where there are none, those of a stem that no other wanted name has."
+    by_stem,same,alike = {},{},{}
+    for n in wanted: by_stem.setdefault(PurePosixPath(n).stem, []).append(n)
+    for p in paths:
+        if p.name in wanted: same.setdefault(p.name, []).append(p)
+        elif len(fits := by_stem.get(p.stem, []))==1: alike.setdefault(fits[0], []).append(p)
+    found = alike|same
+    return {n:found[n] for n in wanted if n in found}
 
 # %% ../../nbs/00g_download.ipynb #a9759951
 def _stems(shard):
     "Names without suffix of the photographs of a tar file, so that it is not fetched again in vain."
-    with tarfile.open(shard) as tar: paths = [path for path,_ in safe_members(tar)]
-    return sorted({p.stem for p in paths if p.suffix.lower() in _PHOTO and not _is_litter(p)})
+    with open_archive(shard) as tar: return sorted({p.stem for p,_ in _photographs_in(tar)})
+
+def _the_one(tar, members, name):
+    "The member for a name, if there is one, or all have the same bytes."
+    digest = lambda m: hashlib.file_digest(tar.extractfile(m), 'md5').hexdigest()
+    with archive_explained(f'{name} in {Path(tar.name).name}'): several = len(members)>1 and len({digest(m) for _,m in members})>1
+    if several:
+        raise ValueError(f"{Path(tar.name).name} has {len(members)} pictures for {name}, and they differ: {', '.join(str(p) for p,_ in members)}. "
+                         "Which one the metadata means cannot be known")
+    return members[0]
 
 # %% ../../nbs/00g_download.ipynb #acb12dba
 def unpack_shard(
@@ -279,13 +309,13 @@ def unpack_shard(
     folder:str|os.PathLike, # the WikiChurches folder
     origin:str='', # where the shard comes from, for the manifest
 )->dict: # path in the folder -> state, size, md5, origin, and the mirror's name where it differs
-    "Photographs of one tar file. Raises ValueError, before anything is written, if a member would leave the folder."
-    folder = Path(folder); by_stem,found = {},{}; (folder/'images').mkdir(exist_ok=True)
-    for n in set(wanted): by_stem.setdefault(PurePosixPath(n).stem, []).append(n)
-    with tarfile.open(shard) as tar:
-        for path,m in safe_members(tar):
-            name = _fitting(path, set(wanted), by_stem)
-            if name is None or 'images/'+name in found: continue
+    "Photographs of one tar file. Raises ValueError, before anything is written, if a member would leave the folder or two that differ may be meant."
+    folder = Path(folder); found = {}; (folder/'images').mkdir(exist_ok=True)
+    with open_archive(shard) as tar:
+        members = {}
+        for path,m in _photographs_in(tar): members.setdefault(path, []).append((path,m))
+        chosen = {n:_the_one(tar, [m for p in dict.fromkeys(paths) for m in members[p]], n) for n,paths in _candidates([*members], dict.fromkeys(wanted)).items()}
+        for name,(path,m) in chosen.items():
             entry = save_member(tar, m, folder/'images'/name, folder/f'{name}.part')
             found['images/'+name] = dict(state='fetched', origin=origin)|entry|({} if path.name==name else dict(mirror_name=path.name))
     return found
@@ -295,10 +325,10 @@ MIRROR = 'LZSI-2/WikiChurches'
 
 @contextmanager
 def _hub_explained(repo):
-    "Failures of the hub as one kind of error, with a remedy."
-    import httpx
+    "Failures of the hub, whichever library it asks, as one kind of error, with a remedy."
     try: yield
-    except httpx.HTTPError as e:
+    except Exception as e:
+        if isinstance(e, ValueError) or isinstance(e, OSError) and e.errno is not None: raise # a name that is none; a disk
         raise ConnectionError(f"the mirror {repo} cannot be read ({type(e).__name__}: {e}); what has arrived is kept, so run again later") from e
 
 # %% ../../nbs/00g_download.ipynb #ac9ae784
@@ -330,7 +360,7 @@ def _fetch_shard(repo, shard, expected, folder, endpoint, progress):
 def _listed(folder):
     "Every image file name of the set, from image_meta.json."
     path = folder/'image_meta.json'
-    names = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+    names = read_json(path) if path.is_file() else None
     if not isinstance(names, dict):
         raise ValueError(f"{path} is not an object by image file name, which the mirror needs for images='leaf' or 'all'")
     return [n for n in names if _church_of(n)]

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 from .files import available_cores, worker_pool
 from .codec import image_header, open_image
+from .archive import full_disk_explained
 from .churches import ENTRY, PREPARED_RECORD, file_stamp, photograph_names, read_prepared
 
 # %% ../../nbs/00j_prepare.ipynb #986feaac
@@ -43,19 +44,24 @@ def encode(
 def _write(path, data):
     "Put a file in its place as a whole."
     part = path.with_name(f'.{uuid.uuid4().hex}.part')
-    part.write_bytes(data)
-    try: os.replace(part, path)
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
     except FileNotFoundError: # another process had finished, and swept; its copy has the same bytes
         if not path.is_file(): raise
+    finally: part.unlink(missing_ok=True) # of a disk that is full
 
 # %% ../../nbs/00j_prepare.ipynb #431d0515
 def _make(source, target, side, quality):
-    "Write one copy; its entry in the record."
-    entry = dict(file_stamp(source), width=0, height=0, format='', mode='', copy_bytes=0, copy_width=0, copy_height=0, problem='')
-    try: entry,image = entry|image_header(source), open_image(source, side)
+    "Write one copy; its entry in the record. A photograph that the system does not hand over now gets no stamp, so that no later reader believes it."
+    entry = dict(source_bytes=0, source_ns=0, width=0, height=0, format='', mode='', copy_bytes=0, copy_width=0, copy_height=0, problem='')
+    try:
+        stamp = file_stamp(source)
+        header,image = image_header(source),open_image(source, side, whole=True)
     except OSError as e:
         target.unlink(missing_ok=True) # of an earlier state of the photograph
-        return entry|dict(problem=str(e))
+        return entry|({} if e.errno is not None else stamp)|dict(problem='missing' if isinstance(e, FileNotFoundError) else str(e))
+    entry = entry|stamp|header
     image = shrink(image, (entry['width'],entry['height']), side)
     data = encode(image, quality)
     _write(target, data)
@@ -93,6 +99,8 @@ def _entries(jobs, workers):
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/00j_prepare.ipynb #47a475a1
+_ENTRY_BYTES = 400 # of a photograph in the record, beside its name
+
 def prepare(
     root:str|os.PathLike, # folder with images/; copies go to prepared-<side>/ beside it, which may be a link to another disk
     side:int=512, # shorter side of the copies, in pixels; smaller photographs keep their size
@@ -111,12 +119,14 @@ def prepare(
     jobs = {n:(images/n, folder/n, side, quality) for n in missing}
     workers = min(workers or available_cores(), max(1, len(missing)//4)) # a few are done before a process has started
     bar = tqdm(_entries(jobs, workers), total=len(jobs), desc=folder.name, unit='photograph', disable=not progress)
-    saved = time.monotonic()
-    try:
-        for n,entry in bar:
-            entries[n] = entry
-            if time.monotonic()>saved+2: _save(folder, settings, entries); saved = time.monotonic()
-    finally: _save(folder, settings, entries)
+    saved,place = time.monotonic(),folder/f'.{uuid.uuid4().hex}.part'
+    with full_disk_explained(folder):
+        place.write_bytes(bytes(sum(_ENTRY_BYTES+len(n.encode()) for n in names))) # so that a full disk has room for the record of what was made
+        try:
+            for n,entry in bar:
+                entries[n] = entry
+                if time.monotonic()>saved+2: _save(folder, settings, entries); saved = time.monotonic()
+        finally: place.unlink(missing_ok=True); _save(folder, settings, entries)
     for part in folder.glob('.*.part'): part.unlink(missing_ok=True) # by a program that was killed
     table = pd.DataFrame([entries[n] for n in names], index=pd.Index(names, name='image', dtype=str), columns=[*ENTRY])
     return table.assign(made=table.index.isin(missing))

@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'VAL', 'HASH_SIDE', 'NEAR', 'NO_PAIRS', 'read_wc4', 'read_h
            'image_hashes', 'near_duplicates', 'refuse_duplicates', 'study_split', 'save_split', 'load_split']
 
 # %% ../../nbs/00i_splits.ipynb #20338159
-import hashlib, json, os, warnings
+import hashlib, json, math, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 from tqdm import tqdm
-from .files import available_cores, write_json
+from .files import available_cores, read_json, read_text, write_json
 from .codec import open_image
 from .churches import STYLES, Churches, church_id, file_stamp, read_churches
 
 # %% ../../nbs/00i_splits.ipynb #2e0a342b
 LABELS = ('leaf', 'wc4', 'hierarchy')
 
-def _lines(path): return [l.split() for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
+def _lines(path): return [l.split() for l in read_text(path).splitlines() if l.strip()]
 
 def read_wc4(
     root:str|os.PathLike, # WikiChurches folder with labels/wc4_*.txt, or wc4_*.txt anywhere below it
@@ -163,10 +163,16 @@ def evaluation_split(
 # %% ../../nbs/00i_splits.ipynb #28401ccf
 VAL = .12 # share of the churches for validation where none is given
 
-def _by_chance(of_church, val, seed):
+def _by_chance(of_church, val, seed, names):
     "Part of each church: validation takes a share of every style."
-    if of_church.empty or of_church.value_counts().min()<2:
-        raise ValueError(f"a style has fewer than 2 churches outside the annotated ones: {of_church.value_counts().to_dict()}")
+    n,held = of_church.value_counts().reindex(range(len(names)), fill_value=0),math.ceil(len(of_church)*val)
+    said = ', '.join(f'{k} {name}' for k,name in zip(n, names))
+    if (n==1).any() or not n.any():
+        raise ValueError("training and validation need at least two churches of a style, beside those with boxes; "
+                         f"there are {said}: add churches, or name other classes in classes.txt")
+    if not len(n[n>0])<=held<=len(of_church)-len(n[n>0]):
+        raise ValueError(f"validation would take {held} of {len(of_church)} churches ({said}), but both parts need one of every style: "
+                         f"add churches, or choose another val than {val}")
     from sklearn.model_selection import train_test_split
     train,_ = train_test_split(of_church.index.to_numpy(), test_size=val, random_state=seed, stratify=of_church.to_numpy())
     return pd.Series(np.where(of_church.index.isin(train), 'train', 'val'), of_church.index)
@@ -180,14 +186,15 @@ def make_split(
 )->Split:
     "Evaluation: the annotated images. The other churches: training and validation, stratified by style, or as the official lists say."
     y,im = class_labels(churches, labels),churches.images
+    if not 0<=seed<2**32: raise ValueError(f"seed is {seed}: expected a whole number from 0, below 2^32")
     if not 0<=val<1: raise ValueError(f"val is {val}: expected a share of at least 0 and below 1")
     if labels=='wc4' and val: raise ValueError(f"val is {val}, but 'wc4' brings its own validation list: leave val out")
     owner,held = im.church.reindex(y.index),_annotated(churches, y)
-    gone = {*im.church[im.annotated], *churches.groups(left_out)}
+    gone = churches.held_out|{*churches.groups(left_out)}
     free = y[~owner.isin(gone)]
     owner = owner.reindex(free.index)
     if labels=='wc4': part = read_wc4(churches.root, churches.classes)['part'].reindex(free.index)
-    else: part = owner.map(_by_chance(free.groupby(owner).first(), val or VAL, seed)) # a church has one class
+    else: part = owner.map(_by_chance(free.groupby(owner).first(), val or VAL, seed, churches.class_names)) # a church has one class
     names = {p:tuple(free.index[part==p]) for p in ('train','val','test')}
     return check_split(Split(eval=held, **names, labels=labels, seed=seed, left_out=tuple(left_out)), churches)
 
@@ -295,8 +302,8 @@ def load_split(
 )->Split:
     "Read a split, and check it again."
     if not (path := Path(path)).is_file(): raise FileNotFoundError(f"there is no split {path}: `save_split` makes one")
-    try: values = json.loads(path.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e: raise ValueError(f"{path.name} is not valid JSON ({e}): make it again with `save_split`") from e
+    try: values = read_json(path)
+    except ValueError as e: raise ValueError(f"{e} Or make it again with `save_split`") from e
     expected = {*Split.__dataclass_fields__,'sha256'}
     if not isinstance(values, dict) or set(values)!=expected: raise ValueError(f"{path.name} is not a split: expected the fields {sorted(expected)}")
     key = values.pop('sha256')

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from ..attention.capture import AttentionRecord, capture_attention, pooled_maps, read_pooled, regrid
+from ..attention.capture import AttentionRecord, capture_attention, pooled_maps, read_pooled, regrid, require_kept_blocks
 from ..backbones.encoders import Backbone
 from ..attention.baselines import derangement
 from ..data.churches import ChurchDataset, box_mask, eval_transform, train_transform
@@ -101,6 +101,7 @@ def supervised_maps(
     "Pooling maps of some blocks, with gradients through these blocks and those before them."
     n = 1 if backbone.spec.pooling=='head' else backbone.depth
     if bad := [b for b in blocks if not -n<=b<n]: raise ValueError(f"block {bad[0]} of {backbone.spec.name}: expected one of its {n} map(s), {-n} to {n-1}")
+    if torch.is_grad_enabled(): require_kept_blocks(backbone)
     calls = backbone.depth+(backbone.spec.pooling=='head')
     wanted,records = {calls-n+b%n for b in blocks},[]
     def read(call):
@@ -309,6 +310,7 @@ class AttentionTerm(Objective):
         r = self.recipe
         with torch.autocast(images.device.type, torch.bfloat16, enabled=r.precision=='bfloat16'): maps = supervised_maps(self.backbone, images, self.blocks)
         frozen = None if self.frozen is None else pooled_maps(self.frozen, images)[:,self.blocks]
+        if images.device.type=='mps': maps,frozen,masks = (None if t is None else t.cpu() for t in (maps, frozen, masks)) # which has no float64
         return attention_loss(maps, masks, r.kind, r.per_head, frozen, r.stay)
     def _next(self, step):
         "Images and masks of a step; a training that goes on after a break begins with its own."

@@ -55,7 +55,7 @@ def random_state()->dict: # cpu, and cuda where a GPU is in use
 class Checkpoint:
     "Where a training keeps what it needs to go on."
     path:Path # safetensors file
-    key:str # what the training depends on; a file of another training is refused
+    key:dict # name -> value: what the training depends on, as JSON; a file of another training is refused
 
 # %% ../../nbs/03A_checkpoint.ipynb #99166a5a
 @patch
@@ -70,9 +70,20 @@ def save(self:Checkpoint,
     "Write all that a training needs to go on."
     random = {f'{rank}.{k}':v for rank,state in enumerate(chance or [random_state()]) for k,v in state.items()}|dict(order=order.get_state())
     parts = dict(model=trained_tensors(model), optimizer=_moments(optimizer), random=random, more=more)
-    write_tensors(self.path, {f'{part}:{k}':v for part,d in parts.items() for k,v in d.items()}, dict(key=self.key, notes=json.dumps(notes)))
+    write_tensors(self.path, {f'{part}:{k}':v for part,d in parts.items() for k,v in d.items()}, dict(key=json.dumps(self.key), notes=json.dumps(notes)))
 
 # %% ../../nbs/03A_checkpoint.ipynb #5292d360
+def _refuse_another(checkpoint, text):
+    "Raises unless `text`, the key in a file, is that of `checkpoint`; says what differs."
+    try: found = json.loads(text)
+    except ValueError: found = None # of a version before this one
+    if found==(mine := checkpoint.key): return
+    differ = [k for k in mine if found.get(k)!=mine[k]] if isinstance(found, dict) else ['how they are written down']
+    said = [f'{k} ({found[k]} there, {mine[k]} here)' if isinstance(mine[k], int) and k in found else k for k in differ if k in mine] or differ
+    raise ValueError(f"{checkpoint.path} belongs to another training, which differs in {', '.join(said)}. "
+                     "Go on as it was begun, train in another folder, or delete it")
+
+# %% ../../nbs/03A_checkpoint.ipynb #02f38000
 @patch
 def load(self:Checkpoint,
     model:nn.Module, # changed
@@ -83,8 +94,7 @@ def load(self:Checkpoint,
     "Put a training back to where it was."
     if not self.path.is_file(): return None,{}
     tensors,texts = read_tensors(self.path)
-    if texts.get('key')!=self.key:
-        raise ValueError(f"{self.path} belongs to another training: its recipe, seed or photographs differ. Delete it, or train in another folder")
+    _refuse_another(self, texts.get('key', ''))
     parts = {}
     for name,v in tensors.items():
         part,_,k = name.partition(':')

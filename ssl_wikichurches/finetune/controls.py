@@ -7,7 +7,7 @@ __all__ = ['ELSEWHERE', 'LIGHT', 'QUESTIONS', 'TIED', 'random_labels', 'read_cou
            'corrected_v', 'tied_to_style', 'other_questions', 'other_task', 'randomly_initialized']
 
 # %% ../../nbs/04e_controls.ipynb #a5a2de99
-import json, warnings
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +16,7 @@ from PIL import ImageStat
 from ..data.files import available_cores
 from ..backbones.encoders import Backbone, build_architecture, quiet_loading
 from ..data.codec import open_image
-from ..data.churches import Churches, file_stamp
+from ..data.churches import Churches, file_stamp, read_church_records
 from .training import TrainData
 
 # %% ../../nbs/04e_controls.ipynb #02928347
@@ -42,8 +42,7 @@ def read_countries(
     churches:Churches,
 )->pd.Series: # name of the country by church, for those that have one
     "Where churches stand, as `churches.json` says."
-    records = json.loads((churches.root/'churches.json').read_text(encoding='utf-8'))
-    found = {church:(r.get('country') or {}) for church,r in records.items()}
+    found = {church:(r.get('country') or {}) for church,r in read_church_records(churches.root).items()}
     return pd.Series({church:c.get('name') or c['id'] for church,c in found.items() if c.get('name') or c.get('id')}, dtype=object)
 
 def country_classes(

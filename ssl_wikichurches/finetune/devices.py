@@ -27,10 +27,21 @@ class BatchShares(Sampler):
     def __len__(self): return len(self.batches)
 
 # %% ../../nbs/03B_devices.ipynb #e0c99055
+def _team_size():
+    "Processes of the team that this one was started for. Raises where the environment speaks of others that nobody started."
+    said = os.environ.get('WORLD_SIZE') or '1'
+    if not said.isdecimal() or int(said)<1: raise ValueError(f"WORLD_SIZE is {said!r} in the environment: expected the number of processes, or nothing")
+    started = {'WIKICHURCHES_TEAM','TORCHELASTIC_RUN_ID'}&os.environ.keys() or os.environ.get('SLURM_STEP_NUM_TASKS')==said
+    if int(said)>1 and not started:
+        raise ValueError(f"WORLD_SIZE is {said} in the environment, as a job script leaves it, but this process was started alone, "
+                         "and would wait for the others for ever: unset WORLD_SIZE and RANK, or start all by `torchrun`, `accelerate launch`, `srun` or `--processes`")
+    return int(said)
+
+# %% ../../nbs/03B_devices.ipynb #2f9987c5
 class Team:
     "The processes that share a training."
     def __init__(self):
-        self.n = int(os.environ.get('WORLD_SIZE', 1))
+        self.n = _team_size()
         several = dict(cpu=not torch.cuda.is_available(), mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.accelerator = Accelerator(**several) if self.n>1 else None
         self.rank = self.accelerator.process_index if self.n>1 else 0
@@ -62,7 +73,7 @@ class Team:
 # %% ../../nbs/03B_devices.ipynb #90fc266b
 def _member(rank, n, port, threads, sending, function, args):
     end_with_parent()
-    os.environ.update(WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(WIKICHURCHES_TEAM=str(n), WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(threads)
     if torch.cuda.is_available(): torch.cuda.set_device(rank)
     result = function(*args)

@@ -93,6 +93,9 @@ def fit_every_weight(
     objective:Objective=None, # see `train`
 )->Fitted:
     "Train what the library leaves trainable; the common part of all tiers that are full fine-tuning but for one thing."
+    if not any(p.requires_grad for p in model.backbone.parameters()):
+        raise ValueError(f"no weight of {model.backbone.spec.name} can be trained, so that only its classifier would be: "
+                         "`backbone.requires_grad_()` first, or choose the linear tier")
     with stochastic_depth(model.backbone, recipe.drop_path):
         trained = train(model, parameter_groups(model, recipe), loaders, recipe, seed, device, folder, objective=objective)
     return as_fitted(model, trained, recipe, loaders.names, lambda: full_state(model))

@@ -121,7 +121,7 @@ def fit_linear(
         return Fitted(backbone, classifier, data.names, table, classifier_state(classifier), n)
     model = OnFrozen(backbone, classifier) if recipe.augment else classifier
     groups = [dict(params=list(classifier.parameters()), lr=recipe.lr, name='classifier')]
-    trained = train(model, groups, loaders, recipe, seed, device, folder)
+    trained = train(model, groups, loaders, recipe, seed, device, folder, frozen=(backbone,))
     state,other = both_states(model, trained, recipe, lambda: classifier_state(classifier))
     return Fitted(backbone, classifier, data.names, trained.history, state, n, other, trained.best_epoch)
 

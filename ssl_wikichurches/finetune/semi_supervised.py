@@ -50,7 +50,7 @@ def hide_labels(
 def _gone(churches, split):
     "Churches of which nothing may be used."
     known = churches.images.church
-    return {*known[churches.images.annotated], *known.reindex([*split.train,*split.val,*split.eval,*split.test,*split.left_out]).dropna()}
+    return {*churches.held_out, *known.reindex([*split.train,*split.val,*split.eval,*split.test,*split.left_out]).dropna()}
 
 def unlabelled(
     churches:Churches,
@@ -133,7 +133,7 @@ def pseudo_labels(
     "What a teacher says about photographs, and what of it counts."
     if len(logits)!=len(names): raise ValueError(f"there are logits of {len(logits)} photographs, and {len(names)} names")
     if not logits.isfinite().all(): raise FloatingPointError("the teacher's logits are not finite: lower the learning rate")
-    z = logits.detach().double().cpu()
+    z = logits.detach().cpu().double()
     (p,label),energy = z.softmax(1).max(1),-z.logsumexp(1)
     why = np.where(p<tau, 'unsure', np.where(energy>limit, 'unlike the labelled', ''))
     return pd.DataFrame(dict(image=list(names), style=[classes[i] for i in label], probability=p.numpy(), energy=energy.numpy(), accepted=why=='', why=why))

@@ -9,7 +9,7 @@ __all__ = ['Recipe', 'make_recipe', 'lr_factor', 'class_weights', 'class_recalls
            'classifier_state', 'load_classifier', 'check_tensors', 'TrainData']
 
 # %% ../../nbs/03C_training.ipynb #64cb83ac
-import hashlib, math, os, time
+import hashlib, math, os, time, zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -354,12 +354,22 @@ def _check_objective(objective, model, groups, recipe, team):
     if lost := sum(id(p) not in own for g in groups for p in g['params']):
         raise ValueError(f"{lost} trained tensors are not part of the model, so that a checkpoint would lose them: make them part of it")
 
-def _training_key(groups, loader, recipe, seed, n, objective=None):
-    "What a training depends on, in short."
-    shapes = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
-    names = getattr(loader.dataset, 'names', len(loader.dataset))
-    if objective: names = names,objective.key
-    return hashlib.sha256(repr((asdict(recipe), seed, shapes, names, n)).encode()).hexdigest()
+# %% ../../nbs/03C_training.ipynb #1b8d86f2
+def _digest(value): return hashlib.sha256(repr(value).encode()).hexdigest()
+
+def _sum_of(tensors):
+    "A checksum of tensors."
+    found = 0
+    for t in tensors: found = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), found)
+    return found
+
+def _training_key(model, frozen, groups, loader, recipe, seed, n, objective=None):
+    "What a training depends on, by name and in short."
+    groups = [([tuple(p.shape) for p in g['params']], {k:v for k,v in g.items() if k!='params'}) for g in groups]
+    parts = {'recipe': asdict(recipe), 'rates and shapes of what is trained': groups, 'photographs': getattr(loader.dataset, 'names', len(loader.dataset))}
+    if objective: parts['objective'] = objective.key
+    encoder = [v for m in (model, *frozen) for k,v in m.state_dict().items() if not k.startswith('classifier.')] # that one follows from seed or encoder
+    return {k: _digest(v) for k,v in parts.items()}|{'seed': seed, 'number of processes': n, 'the encoder that it started from': hex(_sum_of(encoder))}
 
 # %% ../../nbs/03C_training.ipynb #0cb62835
 @dataclass(frozen=True)
@@ -389,12 +399,13 @@ def train(
     folder:str|os.PathLike=None, # where checkpoint.safetensors is kept, and looked for, and history.csv grows; None: nowhere
     train_mode=None, # called before each epoch; None: `model.train`
     objective:Objective=None, # beside the loss of the classes, or in its place
+    frozen:tuple=(), # modules that the training rests on and leaves as they are, where they are no part of the model
 )->Trained:
     "Train for `recipe.epochs`, or until patience ends, and put the chosen epoch into the model."
     team,steps = Team(),len(loaders.train)
     groups = [dict(g, params=list(g['params']), initial_lr=g['lr']) for g in groups]
     if objective: _check_objective(objective, model, groups, recipe, team)
-    key = _training_key(groups, loaders.train, recipe, seed, team.n, objective)
+    key = _training_key(model, frozen, groups, loaders.train, recipe, seed, team.n, objective) if folder else None
     checkpoint = Checkpoint(Path(folder)/'checkpoint.safetensors', key) if folder else None
     mine = loaders._replace(train=team.share(loaders.train), val=team.share(loaders.val, every=False))
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)

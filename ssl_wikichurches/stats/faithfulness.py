@@ -68,7 +68,7 @@ def _occluded_logits(model, images, blanks, index, mask_of, batch, device):
     out = []
     for jobs in torch.arange(len(index)).split(batch):
         x = torch.where(mask_of(jobs)[:,None], blanks[index[jobs]], images[index[jobs]])
-        out.append(model(x.to(device)).double().cpu())
+        out.append(model(x.to(device)).cpu().double())
     logits = torch.cat(out)
     if logits.ndim!=2 or not torch.isfinite(logits).all(): raise ValueError(f"the model gave {tuple(logits.shape)}: expected (images, classes), all finite")
     return logits

@@ -12,6 +12,7 @@ __all__ = ['IDENTICAL', 'CONSTANT', 'ONE_MODEL', 'RECIPE', 'BLOCK', 'COLUMNS', '
 import gc, os
 import numpy as np, pandas as pd, scipy
 from functools import lru_cache
+from ..data.files import read_csv
 from ..finetune.tiers import LINEAR
 
 # %% ../../nbs/05_iou_stats.ipynb #ab03428f
@@ -278,9 +279,16 @@ def shift_table(
     return table
 
 # %% ../../nbs/05_iou_stats.ipynb #68d941d4
+def _from_csv(path):
+    "A table with numbers where all of a column are; empty cells are missing."
+    t = read_csv(path)
+    t = t.mask(t=='')
+    names = {'image','church','model','tier','metric','head'}
+    return t.apply(lambda c: c if c.name in names or pd.to_numeric(c, errors='coerce').isna().ne(c.isna()).any() else pd.to_numeric(c))
+
 def _read_scores(table, name, only, run):
     "One finite score per image and `run` from a data frame or CSV file, where `only` chooses among metrics, blocks and heads."
-    t = table if isinstance(table, pd.DataFrame) else pd.read_csv(table, dtype=dict(image=str, church=str))
+    t = table if isinstance(table, pd.DataFrame) else _from_csv(table)
     if missing := [c for c in ('image','value',*only) if c not in t]:
         raise ValueError(f"{name} lacks the columns {missing}, it has {[*t]}: expected image and value")
     for c,v in only.items():

@@ -131,7 +131,7 @@ def calibrate(
 
 def save_calibration(
     opened:dict, # world -> `OpenStudy`
-    folder:str|os.PathLike=None, # gets table.csv, seeds.csv and maps.safetensors; None: nothing is written
+    folder:str|os.PathLike=None, # gets table.csv, seeds.csv and pair.safetensors; None: nothing is written
 )->pd.DataFrame: # `calibration_table` of all worlds
     "Truth against verdict, all worlds in one table."
     table = pd.concat([calibration_table(o, w) for w,o in opened.items()], ignore_index=True)
@@ -142,7 +142,7 @@ def save_calibration(
     for name,t in dict(table=table, seeds=pd.concat(seeds, ignore_index=True)).items(): t.to_csv(folder/f'{name}.csv', index=False, float_format='%.9g')
     first = table.iloc[0]
     maps = {f'{w}/{k}':v for w,o in opened.items() if len(TRUTHS[w])==1 for k,v in first_maps(o, first.model, table.tier.iloc[-1]).items()}
-    write_tensors(folder/'maps.safetensors', maps, dict(model=first.model, tier=table.tier.iloc[-1]))
+    write_tensors(folder/'pair.safetensors', maps, dict(model=first.model, tier=table.tier.iloc[-1]))
     return table
 
 

@@ -17,6 +17,8 @@ from ..data.churches import Churches
 from ..data.download import load_churches
 from ..data.files import writer_of
 from ..data.splits import Split, class_labels, load_split
+from ..finetune.tiers import FROZEN, tier_method
+
 
 # %% ../../nbs/06O_folders.ipynb #13622b4e
 def data_key(
@@ -97,6 +99,11 @@ def _there(folder):
     if (path := folder/'run.json').is_file() and (mark := json.loads(path.read_text()).get('weights')): found['weights'] = mark
     return found
 
+def _filled(found, run):
+    "With the defaults of what is newer in a recipe than the run."
+    if found.get('tier')==run.tier!=FROZEN: found['recipe'] = asdict(tier_method(run.tier).recipe())|found['recipe']
+    return found
+
 _KINDS = dict(data_key='other data', weights='other weights')
 
 def differences(
@@ -117,7 +124,7 @@ def check_recipe(
 )->bool: # whether the run is complete
     "Refuse a folder in which a run of another recipe, of other data or of other weights was started."
     if not (folder/'recipe.json').is_file(): return False
-    if differ := differences(_there(folder), asdict(run)):
+    if differ := differences(_filled(_there(folder), run), asdict(run)):
         raise ValueError(f"{folder} holds a run of {differ}. Give the study another name, or delete that folder")
     return (folder/'run.json').is_file()
 
@@ -150,7 +157,8 @@ def run_state(
     if not (folder/'recipe.json').is_file(): return state
     found,want = _there(folder),asdict(run)
     state |= dict(epoch=_epochs(folder), epochs=found['recipe'].get('epochs', 0))
-    if not recipe: want['recipe'] = found['recipe']
+    if recipe: found = _filled(found, run)
+    else: want['recipe'] = found['recipe']
     if differ := differences(found, want): return state|dict(state='foreign', note=differ)
     if (path := folder/'run.json').is_file():
         facts = json.loads(path.read_text())

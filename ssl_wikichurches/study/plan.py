@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from ..finetune.tiers import FROZEN, LINEAR, NAME, tier_method
-from ..data.files import write_json
+from ..data.files import read_text, write_json
 
 # %% ../../nbs/06a_plan.ipynb #81bfbd07
 @dataclass(frozen=True)
@@ -134,8 +134,15 @@ def _choices():
     return dict(labels=LABELS, geometry=GEOMETRIES, on_error=('raise','skip'))
 
 # %% ../../nbs/06a_plan.ipynb #06a00018
+def _check_texts(field, values):
+    if bad := [v for v in values if not isinstance(v, str)]: raise ValueError(f"{field} has {bad[0]!r}: expected a text")
+
 def _check_fields(study):
     "What the fields say for themselves; what has its default needs no check."
+    for f in ('models','tiers'): _check_texts(f, getattr(study, f))
+    if bad := [s for s in study.seeds if type(s) is not int or not 0<=s<2**32]: raise ValueError(f"seed {bad[0]!r}: expected whole numbers from 0, below 2^32")
+    for t,changes in study.recipes.items():
+        if not isinstance(changes, dict): raise ValueError(f"the recipe of {t} is {changes!r}: expected fields with their values, such as epochs = 3")
     if not NAME.fullmatch(study.name): raise ValueError(f"study name {study.name!r} names a folder: use letters, digits, '.', '_' and '-'")
     for f in ('labels','geometry','on_error'):
         if getattr(study, f)!=getattr(Study, f) and getattr(study, f) not in (known := _choices()[f]):
@@ -143,7 +150,6 @@ def _check_fields(study):
     for f in ('models','tiers','seeds'):
         values = getattr(study, f)
         if not values and f!='tiers' or len(set(values))<len(values): raise ValueError(f"{f} is {values!r}: expected at least one, none twice")
-    if bad := [s for s in study.seeds if type(s) is not int or s<0]: raise ValueError(f"seed {bad[0]!r}: expected whole numbers from 0")
     if len(study.sources)<len(study.models): raise ValueError(f"two models share a name: {study.models}")
 
 # %% ../../nbs/06a_plan.ipynb #04c3c177
@@ -164,6 +170,7 @@ def _check_table(where, values, kind):
 def _check_analysis(study):
     "That the declared analysis is of this study."
     _check_table('analysis', study.analysis, Declaration)
+    for k in ('companions','models','tiers'): _check_texts(f'analysis: {k}', study.analysis.get(k, ()))
     declared = study.declaration
     for what,names,there in (('model',declared.models,study.sources), ('tier',declared.tiers,study.tiers)):
         if lost := [n for n in names if n not in there]: raise ValueError(f"analysis: {what} {lost[0]!r} is none of the study's: {', '.join(there)}")
@@ -221,7 +228,7 @@ def load_study(
     "Read a study from a file; unknown fields are refused."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no study file {path}")
-    try: return as_study(tomllib.loads(path.read_text(encoding='utf-8')), path.name, checked)
+    try: return as_study(tomllib.loads(read_text(path)), path.name, checked)
     except tomllib.TOMLDecodeError as e: raise ValueError(f"{path.name} is not valid TOML: {e}") from e
 
 # %% ../../nbs/06a_plan.ipynb #b0af474d

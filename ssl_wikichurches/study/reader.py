@@ -249,7 +249,7 @@ def declared(self:OpenStudy)->dict: # as `freeze_analysis` gives; empty in folde
 @patch(as_prop=True)
 def churches(self:OpenStudy)->Churches:
     "The data set, as tables."
-    return self.keep('churches', lambda: load_churches(self.study.data, self.study.on_error, verify=False))
+    return self.keep('churches', lambda: load_churches(self.study.data, self.study.on_error, False, self.path/'problems.csv'))
 
 @patch(as_prop=True)
 def labels(self:OpenStudy)->pd.Series: # image -> class

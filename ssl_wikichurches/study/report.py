@@ -161,6 +161,14 @@ def analysis_text(
     for c in declared['changes']: text += f" Before that, declared on {c['date']} with {c['complete']} runs complete: {say(c['declared'])}."
     return text
 
+def _narrow(text):
+    "What a terminal has room for: columns that are empty or say what another says are left out, and what all rows share is said in a line before them."
+    text = text.loc[:,(text.astype(str)!='').any()]
+    same = dict(over='verdict', models_low='low', models_high='high') # where every recipe has one seed
+    text = text.drop(columns=[c for c,other in same.items() if {c,other}<={*text} and text[c].equals(text[other])])
+    shared = {c:text[c].iloc[0] for c in ('n','seeds','over') if c in text and text[c].nunique()==1}
+    return '\n'.join([', '.join(f'{k} {v}' for k,v in shared.items())]*bool(shared)+[text.drop(columns=[*shared]).to_string()])
+
 def result_text(
     analysis:Analysis,
 )->str:
@@ -168,7 +176,7 @@ def result_text(
     if 'shift' not in analysis: return analysis['frozen'].set_index('model').round(4).to_string()
     more = {'tier_contrasts':('shift of a tier minus that of another', CONTRASTS), 'control_contrasts':('shift minus that of controls', BEYOND),
             'supervised':('attention-supervised, out of fold (in_fold: upper bound)', SUPERVISED)}
-    parts = [shift_text(analysis).to_string()]
+    parts = [_narrow(t) for t in _split(shift_text(analysis)) if len(t.columns)]
     if 'verdicts' in analysis: parts.append('\n'.join(analysis['verdicts'].sentence))
     for name,(title,columns) in more.items():
         if name in analysis: parts.append(f'{title}:\n'+analysis[name][columns].round(4).to_string(index=False, na_rep=''))

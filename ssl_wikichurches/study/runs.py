@@ -76,7 +76,7 @@ def prepare_run(
     loaders:int=0, # processes that decode photographs
 )->tuple: # TrainData, Backbone
     "What a run starts from: photographs and backbone, with the one thing changed that a control changes."
-    churches = load_churches(run.data, run.on_error, verify=False) # every photograph was verified when the split was made
+    churches = load_churches(run.data, run.on_error, False, Path(root)/'problems.csv') # every photograph was verified when the split was made
     backbone = load_backbone(run.source, size=run.size or None)
     data = TrainData(churches, load_split(Path(root)/'split.json', churches), backbone.spec.size, run.geometry, loaders)
     return control.apply(data, backbone, run.seed) if (control := _control(run)) else (data, backbone)
@@ -219,8 +219,8 @@ def _carry_out(run, root, folder, device, processes, loaders):
 
 # %% ../../nbs/06b_runs.ipynb #3a6172a6
 def best_device()->str:
-    "'cuda' where there is one, else 'cpu'."
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    "'cuda' where there is one, else 'mps' (of Apple) where there is one, else 'cpu'."
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 # %% ../../nbs/06b_runs.ipynb #3718fd1f
 def _execute(run, root, folder, device, processes, loaders):
@@ -275,8 +275,9 @@ def default_executor(
 )->Executor:
     "A pool of fresh processes that share the cores and the GPUs."
     cores,groups = available_cores(),gpu_groups(processes)
-    workers = workers or len(groups) or max(1, cores//processes)
+    workers = workers or len(groups) or (1 if best_device()=='mps' else max(1, cores//processes))
     return worker_pool(workers, _take_place, threads or max(1, cores//workers), groups, get_context('spawn').Value('i', 0))
+
 
 # %% ../../nbs/06b_runs.ipynb #4e2f7c59
 def _study_split(study, root, churches, progress):
