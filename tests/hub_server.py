@@ -45,6 +45,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.hub.repos: return self.answer(dict(error='there is one', url=f'{self.hub.base}/{repo}'), 409)
         self.hub.repos[repo] = {}
         self.answer(dict(url=f'{self.hub.base}/{repo}'))
+    def validate(self, body): # the head of a card; the hub itself wants a license there
+        known = 'license:' in json.loads(body)['content']
+        self.answer(dict(errors=[] if known else [dict(message='no license')], warnings=[]), 200 if known else 400)
     def preupload(self, body, repo):
         kind = lambda f: 'lfs' if f['path'].endswith('.safetensors') else 'regular'
         self.answer(dict(files=[dict(path=f['path'], uploadMode=kind(f), shouldIgnore=False) for f in json.loads(body)['files']]))
@@ -73,6 +76,6 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None: return self.answer(b'', 404, X_Error_Code='EntryNotFound')
         self.answer(data, X_Repo_Commit=self.hub.commit(repo), ETag=f'"{hashlib.sha1(data).hexdigest()}"')
 
-    ROUTES = {'/api/repos/create':create, r'/api/models/([\w.-]+/[\w.-]+)/preupload/main':preupload, r'/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch':batch,
+    ROUTES = {'/api/repos/create':create, '/api/validate-yaml':validate, r'/api/models/([\w.-]+/[\w.-]+)/preupload/main':preupload, r'/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch':batch,
               r'/large/(\w+)':put, r'/api/models/([\w.-]+/[\w.-]+)/commit/main':write, r'/api/models/([\w.-]+/[\w.-]+)(/revision/\w+)?':info,
               r'/api/models/([\w.-]+/[\w.-]+)/tree/(\w+)':tree, r'/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)':read}
