@@ -441,7 +441,7 @@ def wikichurches_calibrate(
     seeds:str=None, # instead of those of the files, with commas
     runs:str='runs', # folder of all studies
     workers:int=0, # runs at a time; 0: one per core, or one per GPU
-    results:str=None, # folder that gets table.csv, seeds.csv, and maps of the first model's last tier
+    results:str=None, # folder that gets table.csv, seeds.csv, calibration.png, and some maps
     debug:store_true=False, # raise errors as they are
 ):
     "Run studies whose truth is known, and set it beside the verdicts."

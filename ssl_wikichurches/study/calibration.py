@@ -6,7 +6,7 @@
 __all__ = ['TRUTHS', 'word', 'seed_shifts', 'calibration_table', 'calibration_plot', 'first_maps', 'calibrate',
            'save_calibration', 'readable_calibration']
 
-# %% ../../nbs/06t_calibration.ipynb #65d626f8
+# %% ../../nbs/06t_calibration.ipynb #457c413d
 import os
 import numpy as np, pandas as pd, torch
 from pathlib import Path
@@ -23,8 +23,7 @@ from .reader import OpenStudy, open_study
 from .specificity import verdict_table
 from .tables import accuracy_table
 
-
-# %% ../../nbs/06t_calibration.ipynb #82b4403d
+# %% ../../nbs/06t_calibration.ipynb #a305054d
 TRUTHS = {'boxed':('towards',), 'shortcut':('away',), 'none':('nothing',), 'parts':('towards','nothing')} # world -> what may be said of a tier that learned
 
 def word(
@@ -36,8 +35,7 @@ def word(
     low,high = sorted((better*low,better*high))
     return 'towards' if low>0 else 'away' if high<0 else 'nothing'
 
-
-# %% ../../nbs/06t_calibration.ipynb #7c3c53dd
+# %% ../../nbs/06t_calibration.ipynb #6901c7aa
 def seed_shifts(
     opened:OpenStudy,
     metric:str=PRIMARY, # full name
@@ -50,8 +48,7 @@ def seed_shifts(
         rows.append(pd.DataFrame(dict(model=model, tier=tier, seed=d.columns, metric=metric, **{k:found[k] for k in ('shift','low','high','p')})))
     return pd.concat(rows, ignore_index=True)
 
-
-# %% ../../nbs/06t_calibration.ipynb #5033dda4
+# %% ../../nbs/06t_calibration.ipynb #e52e1b89
 def _agreement(seeds, said, better):
     "Share of the seeds of every model and tier whose own interval says the same; `said` by model and tier."
     same = [word(r.low, r.high, better)==said[r.model,r.tier] for r in seeds.itertuples()]
@@ -79,8 +76,7 @@ def calibration_table(
     out = out.assign(beyond=t.beyond, verdict=t.verdict, claims=claims, right=claims.isin(TRUTHS[world]))
     return out[['world','truth',*out.columns.drop(['world','truth'])]]
 
-
-# %% ../../nbs/06t_calibration.ipynb #0f912a8e
+# %% ../../nbs/06t_calibration.ipynb #4d55d107
 def calibration_plot(
     table:pd.DataFrame, # of `calibration_table`, of several worlds
     axs:tuple=None, # two `Axes`: of the declared metric, and of the layout-free one
@@ -103,8 +99,7 @@ def calibration_plot(
     axs[1].legend(handles=handles, fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
-
-# %% ../../nbs/06t_calibration.ipynb #ad235209
+# %% ../../nbs/06t_calibration.ipynb #73dc9eb3
 def first_maps(
     opened:OpenStudy,
     model:str,
@@ -118,8 +113,7 @@ def first_maps(
     maps = torch.stack([opened.mean_maps(r)[at] for r in (opened.frozen[model],run)], 1)
     return dict(photographs=(255*seen.images[at]).round().byte(), masks=seen.masks[at], maps=maps.half())
 
-
-# %% ../../nbs/06t_calibration.ipynb #9d469f09
+# %% ../../nbs/06t_calibration.ipynb #6dbfd29b
 def calibrate(
     studies:dict, # world -> `Study`
     runs:str|os.PathLike='runs', # folder of all studies
@@ -131,7 +125,7 @@ def calibrate(
 
 def save_calibration(
     opened:dict, # world -> `OpenStudy`
-    folder:str|os.PathLike=None, # gets table.csv, seeds.csv and pair.safetensors; None: nothing is written
+    folder:str|os.PathLike=None, # gets table.csv, seeds.csv, pair.safetensors and calibration.png; None: nothing is written
 )->pd.DataFrame: # `calibration_table` of all worlds
     "Truth against verdict, all worlds in one table."
     table = pd.concat([calibration_table(o, w) for w,o in opened.items()], ignore_index=True)
@@ -140,13 +134,14 @@ def save_calibration(
     metrics = table.metric.iloc[0],table.layout_metric.iloc[0]
     seeds = [seed_shifts(o, m).assign(world=w) for w,o in opened.items() for m in metrics]
     for name,t in dict(table=table, seeds=pd.concat(seeds, ignore_index=True)).items(): t.to_csv(folder/f'{name}.csv', index=False, float_format='%.9g')
-    first = table.iloc[0]
-    maps = {f'{w}/{k}':v for w,o in opened.items() if len(TRUTHS[w])==1 for k,v in first_maps(o, first.model, table.tier.iloc[-1]).items()}
-    write_tensors(folder/'pair.safetensors', maps, dict(model=first.model, tier=table.tier.iloc[-1]))
+    first,tier = table.iloc[0],'full' if 'full' in {*table.tier} else table.tier.iloc[0]
+    maps = {f'{w}/{k}':v for w,o in opened.items() if len(TRUTHS[w])==1 for k,v in first_maps(o, first.model, tier).items()}
+    write_tensors(folder/'pair.safetensors', maps, dict(model=first.model, tier=tier))
+    (figure := calibration_plot(table)[0].figure).savefig(folder/'calibration.png', dpi=100)
+    plt.close(figure)
     return table
 
-
-# %% ../../nbs/06t_calibration.ipynb #8d71cbf7
+# %% ../../nbs/06t_calibration.ipynb #3d407c15
 def readable_calibration(
     table:pd.DataFrame, # of `calibration_table`
 )->pd.DataFrame: # text
@@ -155,4 +150,3 @@ def readable_calibration(
     for c in ('shift','layout-free shift'): t[c] = t[c].map('{:+.4f}'.format)
     t['accuracy'] = [f'{a:.2f} ({p:.2f} before)' for a,p in zip(t.accuracy, t.probe)]
     return t[['world','truth','model','tier','seeds','accuracy','shift','says','layout-free shift','layout-free says','verdict']]
-
