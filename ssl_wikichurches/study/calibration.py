@@ -6,7 +6,7 @@
 __all__ = ['TRUTHS', 'word', 'seed_shifts', 'calibration_table', 'calibration_plot', 'first_maps', 'calibrate',
            'save_calibration', 'readable_calibration']
 
-# %% ../../nbs/06t_calibration.ipynb #457c413d
+# %% ../../nbs/06t_calibration.ipynb #df9caefd
 import os
 import numpy as np, pandas as pd, torch
 from pathlib import Path
@@ -23,7 +23,7 @@ from .reader import OpenStudy, open_study
 from .specificity import verdict_table
 from .tables import accuracy_table
 
-# %% ../../nbs/06t_calibration.ipynb #a305054d
+# %% ../../nbs/06t_calibration.ipynb #be0c0a09
 TRUTHS = {'boxed':('towards',), 'shortcut':('away',), 'none':('nothing',), 'parts':('towards','nothing')} # world -> what may be said of a tier that learned
 
 def word(
@@ -35,7 +35,7 @@ def word(
     low,high = sorted((better*low,better*high))
     return 'towards' if low>0 else 'away' if high<0 else 'nothing'
 
-# %% ../../nbs/06t_calibration.ipynb #6901c7aa
+# %% ../../nbs/06t_calibration.ipynb #b103c20f
 def seed_shifts(
     opened:OpenStudy,
     metric:str=PRIMARY, # full name
@@ -48,7 +48,7 @@ def seed_shifts(
         rows.append(pd.DataFrame(dict(model=model, tier=tier, seed=d.columns, metric=metric, **{k:found[k] for k in ('shift','low','high','p')})))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/06t_calibration.ipynb #e52e1b89
+# %% ../../nbs/06t_calibration.ipynb #be2e3a1a
 def _agreement(seeds, said, better):
     "Share of the seeds of every model and tier whose own interval says the same; `said` by model and tier."
     same = [word(r.low, r.high, better)==said[r.model,r.tier] for r in seeds.itertuples()]
@@ -76,7 +76,7 @@ def calibration_table(
     out = out.assign(beyond=t.beyond, verdict=t.verdict, claims=claims, right=claims.isin(TRUTHS[world]))
     return out[['world','truth',*out.columns.drop(['world','truth'])]]
 
-# %% ../../nbs/06t_calibration.ipynb #4d55d107
+# %% ../../nbs/06t_calibration.ipynb #3024efb8
 def calibration_plot(
     table:pd.DataFrame, # of `calibration_table`, of several worlds
     axs:tuple=None, # two `Axes`: of the declared metric, and of the layout-free one
@@ -92,14 +92,14 @@ def calibration_plot(
             ax.plot([r[f'{own}low'],r[f'{own}high']], [y,y], color=color, lw=1.4)
             ax.plot(r[f'{own}shift'], y, tier_marker(r['tier']), color=color, ms=6, mfc=color if r['claims']!='nothing' else 'w')
         for y in range(1, len(worlds)): ax.axhline(y-.5, color='.85', lw=.8, zorder=0)
-        ax.set_xlabel(f"shift of {table[f'{own}metric'].iloc[0]}", fontsize=10)
+        ax.set_xlabel(f"shift of {table[f'{own}metric'].iloc[0]}", fontsize=10); ax.locator_params(axis='x', nbins=5)
     axs[0].set_yticks(range(len(worlds)), [f'{w}\ntrue: {" or ".join(TRUTHS[w])}' for w in worlds], fontsize=10)
     axs[0].set_ylim(len(worlds)-.45, -.55)
     handles = [axs[1].plot([], [], tier_marker(t), color=model_color(m), label=f'{m}  {t}')[0] for m,t in pairs]
     axs[1].legend(handles=handles, fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
-# %% ../../nbs/06t_calibration.ipynb #73dc9eb3
+# %% ../../nbs/06t_calibration.ipynb #bf2e0a33
 def first_maps(
     opened:OpenStudy,
     model:str,
@@ -113,7 +113,7 @@ def first_maps(
     maps = torch.stack([opened.mean_maps(r)[at] for r in (opened.frozen[model],run)], 1)
     return dict(photographs=(255*seen.images[at]).round().byte(), masks=seen.masks[at], maps=maps.half())
 
-# %% ../../nbs/06t_calibration.ipynb #6dbfd29b
+# %% ../../nbs/06t_calibration.ipynb #5f9eacb2
 def calibrate(
     studies:dict, # world -> `Study`
     runs:str|os.PathLike='runs', # folder of all studies
@@ -141,7 +141,7 @@ def save_calibration(
     plt.close(figure)
     return table
 
-# %% ../../nbs/06t_calibration.ipynb #3d407c15
+# %% ../../nbs/06t_calibration.ipynb #01eecd1c
 def readable_calibration(
     table:pd.DataFrame, # of `calibration_table`
 )->pd.DataFrame: # text
