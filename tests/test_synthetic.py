@@ -316,7 +316,7 @@ def test_two_worlds_differ_in_nothing_but_where_the_color_is(k, monkeypatch):
     grown = lambda m: np.pad(m, 1)[:-2,1:-1]|np.pad(m, 1)[2:,1:-1]|np.pad(m, 1)[1:-1,:-2]|np.pad(m, 1)[1:-1,2:]|m # pixels that a part covers by less than half
     assert not (abs(b-c).max(-1)>0)[~grown(grown(portal.mask))].any() and not (abs(a-c).max(-1)>0)[~grown(grown(cue.mask))].any()
     shade = lambda x, m: x[m].mean()
-    assert shade(b, portal.mask)==pytest.approx(shade(a, cue.mask), rel=.15)
+    assert shade(b, portal.mask)==pytest.approx(shade(a, cue.mask), rel=.3)
 
 def test_in_a_world_without_evidence_a_style_changes_nothing():
     one,other = (draw_church(s, 11, 64, evidence='none')[0].tobytes() for s in ('Gothic','Baroque'))
