@@ -1,12 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
-WORLDS := boxed shortcut none
 QUICK := house data reader splits atomic metrics iou_stats
 
 .PHONY: study test check
 study: .venv/installed
 	$(BIN)/wikichurches_study
-	$(BIN)/wikichurches_calibrate $(WORLDS:%=results/calibration/%.toml) --models tiny-clip --tiers full,random_labels --seeds 0,1
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

@@ -148,5 +148,5 @@ def readable_calibration(
     "The table as text, the most telling columns."
     t = table.rename(columns=dict(claims='verdict claims', layout_shift='layout-free shift', layout_says='layout-free says'))
     for c in ('shift','layout-free shift'): t[c] = t[c].map('{:+.4f}'.format)
-    t['accuracy'] = [f'{a:.2f} ({p:.2f} before)' for a,p in zip(t.accuracy, t.probe)]
+    t['accuracy'] = [f'{a:.2f}'+(f' ({p:.2f} before)' if np.isfinite(p) else '') for a,p in zip(t.accuracy, t.probe)]
     return t[['world','truth','model','tier','seeds','accuracy','shift','says','layout-free shift','layout-free says','verdict']]

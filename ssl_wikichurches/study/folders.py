@@ -101,7 +101,7 @@ def _there(folder):
 
 def _filled(found, run):
     "With the defaults of what is newer in a recipe than the run."
-    if found.get('tier')==run.tier!=FROZEN: found['recipe'] = asdict(tier_method(run.tier).recipe())|found['recipe']
+    if (tier := found.get('tier', FROZEN))!=FROZEN and tier==run.tier: found['recipe'] = asdict(tier_method(tier).recipe())|found['recipe']
     return found
 
 _KINDS = dict(data_key='other data', weights='other weights')
