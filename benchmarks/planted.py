@@ -22,7 +22,7 @@ def rows(model, metrics, seeds, moved, studies):
 @call_parse
 def main(
     out:str='results/statistics/planted.csv',
-    models:str='tiny-dinov2,tiny-clip,tiny-siglip,tiny-mae', # with commas
+    models:str='tiny-dinov2,tiny-clip,tiny-siglip', # with commas
     studies:int=500, # of each row
 ):
     "Write the promised and the found power of planted studies."
