@@ -423,7 +423,6 @@ def wikichurches_plan(
         from ssl_wikichurches.study.forecast import forecast, forecast_text
         print(forecast_text(study, *forecast(study, runs, workers)))
 
-
 # %% ../nbs/07_cli.ipynb #8791a4b1
 def _world_of(study):
     "The drawn world that a study is about."
@@ -451,4 +450,3 @@ def wikichurches_calibrate(
         opened = calibrate(studies, runs, workers)
         table = save_calibration(opened, results)
         print(readable_calibration(table).to_string(index=False))
-

@@ -201,7 +201,6 @@ def raise_banner(
     pen.palette |= dict(trim=cue, door=cue, dark=.6*cue)
     pen.draw('Round Arch Portal', portal-w/2, max(y,.04)-.02, w, h+(.5-np.pi/8)*w, slot='cue') # a round arch lacks that share of its rectangle
 
-
 # %% ../../nbs/00d_scene.ipynb #0885e1cf
 def develop(
     image:Image.Image,

@@ -19,7 +19,6 @@ from ..data.churches import box_mask
 from .power import power_curve
 from .shift import shift_test
 
-
 # %% ../../nbs/05f_planted.ipynb #625de362
 def box_shares(
     boxes:list, # n tensors (b, 4): left, top, right, bottom in pixels
@@ -36,7 +35,6 @@ def _as_distribution(maps):
         raise ValueError("maps hold values below 0, none above it, or some that are not finite: expected attention")
     return x/x.sum((-2,-1), keepdim=True)
 
-
 # %% ../../nbs/05f_planted.ipynb #7ca1ca15
 def move_mass(
     maps:torch.Tensor, # (..., g, g) attention, not negative
@@ -52,7 +50,6 @@ def move_mass(
     moved = torch.minimum(share.expand(held.shape), held)
     return x-(moved/held.clamp(min=1e-30))[...,None,None]*taken+moved[...,None,None]*_as_distribution(to),moved
 
-
 # %% ../../nbs/05f_planted.ipynb #ab7c7bcc
 def moved_mass(
     before:torch.Tensor, # (..., g, g) attention
@@ -60,7 +57,6 @@ def moved_mass(
 )->torch.Tensor: # (...) in [0, 1]
     "Share of the attention that is elsewhere in the second map: their total variation distance."
     return (_as_distribution(before)-_as_distribution(after)).abs().sum((-2,-1))/2
-
 
 # %% ../../nbs/05f_planted.ipynb #eb97ac69
 DOSES = (0,.01,.02,.05,.1,.2)
@@ -92,7 +88,6 @@ def dose_response(
             rows.append(dict(source=s, dose=d, moved=moved.mean().item(), metric=metric, n=len(change), before=wide[0].mean(), shift=change.mean(), d_z=d_z))
     return pd.DataFrame(rows)
 
-
 # %% ../../nbs/05f_planted.ipynb #a986a601
 def mass_of_shift(
     maps:torch.Tensor, # as for `dose_response`
@@ -108,7 +103,6 @@ def mass_of_shift(
     gains = np.maximum.accumulate(t['shift'].to_numpy()*(1 if higher_is_better(metric) else -1))
     return np.interp(shifts, gains, SHARES, left=0, right=np.nan)
 
-
 # %% ../../nbs/05f_planted.ipynb #41ef016e
 def _partners(groups, draws, rng):
     "(n, draws) for each image, numbers of images of other churches, with replacement."
@@ -121,7 +115,6 @@ def _gains(maps, boxes, names, size, groups, metrics):
     t = score_maps(maps.float(), boxes, names, size, groups=groups, only=metrics)
     t = t[t['head']!='mean'] if maps.shape[2]>1 else t[t['head']=='mean']
     return {m:v.value.to_numpy().reshape(maps.shape[:3])*(1 if higher_is_better(m) else -1) for m,v in t.groupby('metric', sort=False)}
-
 
 # %% ../../nbs/05f_planted.ipynb #96fde7a2
 def planted_scores(
@@ -146,7 +139,6 @@ def planted_scores(
     mean = lambda x: np.stack([x[i].mean(0) for i in churches])
     return {m:(mean(before[m])[:,0],mean(after[m])) for m in after}
 
-
 # %% ../../nbs/05f_planted.ipynb #edd44900
 def _curves(before, after, seeds):
     "Mean and standardized mean of the shifts under so many seeds, by share; share 0 comes first."
@@ -163,7 +155,6 @@ def _smallest(before, after, seeds, n, alpha, power):
     if lacks(SHARES[-1])<0: return (np.nan,)*3
     share = brentq(lacks, 0, SHARES[-1], xtol=1e-6)
     return share,float(shift(share)),float(d_z(share))
-
 
 # %% ../../nbs/05f_planted.ipynb #98c0929a
 def detectable_mass(
@@ -192,7 +183,6 @@ def detectable_mass(
         rows.append(dict(metric=metric, n=churches, seeds=k, moved=moved, alpha=alpha, power=power, share=share, shift=shift, d_z=d_z))
     return pd.DataFrame(rows)
 
-
 # %% ../../nbs/05f_planted.ipynb #23195bd7
 def planted_power(
     before:np.ndarray, # (churches, draws) of `planted_scores`
@@ -209,4 +199,3 @@ def planted_power(
     chance = lambda x, k: x[church,rng.integers(x.shape[1], size=(studies,n,k))]
     found = shift_test(chance(after, seeds)-chance(before, 1))
     return ((found['p']<alpha)&(found['shift']>0)).mean()
-

@@ -36,17 +36,20 @@ def word(
     return 'towards' if low>0 else 'away' if high<0 else 'nothing'
 
 # %% ../../nbs/06t_calibration.ipynb #b103c20f
-def seed_shifts(
-    opened:OpenStudy,
-    metric:str=PRIMARY, # full name
-)->pd.DataFrame: # model, tier, seed, metric, shift, low, high (95 %, over churches), p
-    "The shift of every model that was trained, each by itself; linear probes are left out."
+def _seed_shifts(opened, metric):
     scores,rows = opened.scores(metric),[]
     for (model,tier),(before,after) in score_grids(scores[scores.tier!=LINEAR]).items():
         d = after-before
         found = shift_test(d.to_numpy().T[...,None])
         rows.append(pd.DataFrame(dict(model=model, tier=tier, seed=d.columns, metric=metric, **{k:found[k] for k in ('shift','low','high','p')})))
     return pd.concat(rows, ignore_index=True)
+
+def seed_shifts(
+    opened:OpenStudy,
+    metric:str=PRIMARY, # full name
+)->pd.DataFrame: # model, tier, seed, metric, shift, low, high (95 %, over churches), p
+    "The shift of every model that was trained, each by itself; linear probes are left out."
+    return opened.keep(('seed shifts',metric), lambda: _seed_shifts(opened, metric)).copy(deep=False)
 
 # %% ../../nbs/06t_calibration.ipynb #be2e3a1a
 def _agreement(seeds, said, better):

@@ -17,7 +17,6 @@ from .plan import Study, tier_recipe
 from .reader import OpenStudy, open_study
 from .status import duration, study_states
 
-
 # %% ../../nbs/06u_forecast.ipynb #6a55e39d
 MOVED = (.05,.1,.2) # shares of the attention that a training lays elsewhere, whatever it learns
 
@@ -39,7 +38,6 @@ def detectable_table(
             rows.append(found.assign(model=model))
     table = pd.concat(rows, ignore_index=True)
     return table[['model',*table.columns.drop('model')]]
-
 
 # %% ../../nbs/06u_forecast.ipynb #00b54981
 def _forward_seconds(source, batch=16, repeats=3):
@@ -71,7 +69,6 @@ def cost_forecast(
             expected = forward[source]*photographs*passes
         rows.append(dict(model=model, tier=tier, runs=len(g), missing=int((g.state!='done').sum()), seconds=expected, basis=basis))
     return pd.DataFrame(rows)
-
 
 # %% ../../nbs/06u_forecast.ipynb #54d8726f
 def declaration_text(
@@ -108,7 +105,6 @@ def forecast_text(
              'to declare, in the study file:', declaration_text(study, detectable)]
     return '\n\n'.join(parts)
 
-
 # %% ../../nbs/06u_forecast.ipynb #6d439bac
 def forecast(
     study:Study,
@@ -119,4 +115,3 @@ def forecast(
     from ssl_wikichurches.study.runs import run_study
     opened = open_study(run_study(replace(study, name=f'{study.name}-frozen', tiers=(), recipes={}, analysis={}), runs, workers=workers))
     return cost_forecast(study, Path(runs)/study.name, len(opened.churches.images)-len(opened.split.eval)),detectable_table(opened, study)
-

@@ -148,7 +148,6 @@ def detectable_masses(
                                         d.metric, [*seen.groups])
     return out
 
-
 # %% ../../nbs/06f_specificity.ipynb #4402771f
 def _numbers(shift, low, high): return f'{shift:+.4f} (95 % interval {low:+.4f} to {high:+.4f})'
 def _p(p): return 'p < .001' if p<.001 else f'p = {p:.3f}'
