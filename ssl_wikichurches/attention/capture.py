@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-import torch
+import numpy as np, torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from ..backbones.encoders import Backbone
@@ -323,6 +323,12 @@ def mask_patches(
     return maps.masked_fill(artifacts.reshape(len(maps), *[1]*(maps.ndim-3), *maps.shape[-2:]), 0.)
 
 # %% ../../nbs/02_attention.ipynb #c61538e5
+@cache
+def _shared_sides(g, grid):
+    "What `grid` new patches share with `g` old ones along one side, in units of 1/(g*grid) of it: whole numbers."
+    old,new = np.arange(g+1)*grid,np.arange(grid+1)*g # edges
+    return (np.minimum(old[1:], new[1:,None])-np.maximum(old[:-1], new[:-1,None])).clip(0)
+
 def regrid(
     maps:torch.Tensor, # (..., g, g)
     grid:int, # side of the result, in patches
@@ -331,7 +337,6 @@ def regrid(
     g = maps.shape[-1]
     if maps.ndim<2 or maps.shape[-2]!=g or grid<1:
         raise ValueError(f"maps are {tuple(maps.shape)}, grid is {grid}: expected (..., g, g) and at least 1")
-    old,new = torch.arange(g+1)*grid,torch.arange(grid+1)*g # edges, in units of 1/(g*grid) of the side: whole numbers
-    shared = torch.minimum(old[1:], new[1:,None])-torch.maximum(old[:-1], new[:-1,None])
-    share = shared.clamp(min=0).to(maps)/grid # (grid, g); each old patch gives away 1 in all
+    if g==grid: return maps
+    share = torch.from_numpy(_shared_sides(g, grid)).to(maps)/grid # (grid, g); each old patch gives away 1 in all
     return share@maps@share.T

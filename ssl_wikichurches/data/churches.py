@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'GEOMETRIES', 'BOX_COLUMNS', 'PREPARED_RECORD', 'ENTRY', 'clip_boxes', 'church_id', 'read_style_names',
            'read_classes', 'read_church_records', 'read_church_styles', 'read_parts', 'read_prepared', 'file_stamp',
            'Churches', 'is_litter', 'photograph_names', 'read_churches', 'ToSquare', 'eval_transform',
-           'train_transform', 'box_corners', 'box_mask', 'ChurchDataset', 'boxes_in_view']
+           'train_transform', 'box_corners', 'masks_by_box', 'box_mask', 'ChurchDataset', 'boxes_in_view']
 
 # %% ../../nbs/00_data.ipynb #abdf285c
 import os, reprlib, unicodedata
@@ -455,18 +455,25 @@ def box_corners(
     from torchvision.transforms.v2.functional import convert_bounding_box_format
     return convert_bounding_box_format(plain.float(), old_format=kind, new_format='XYXY')
 
+def masks_by_box(
+    boxes, # (n, 4), as for `box_corners`, in pixels
+    size:int, # side of the square frame, in pixels
+)->np.ndarray: # (n, size, size) bool
+    "Pixels whose center lies inside each box."
+    boxes = box_corners(boxes)
+    if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (n, 4)")
+    c = np.arange(size, dtype=np.float32)+.5
+    x0,y0,x1,y1 = boxes.float().numpy().T[...,None]
+    inx,iny = (c>=x0)&(c<x1), (c>=y0)&(c<y1)
+    return iny[:,:,None]&inx[:,None,:]
+
 def box_mask(
     boxes, # (n, 4), as for `box_corners`, in pixels
     size:int, # side of the square frame, in pixels
 ): # tensor (size, size) bool: the union of the boxes
     "Pixels whose center lies inside at least one box."
     import torch
-    boxes = box_corners(boxes)
-    if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (n, 4)")
-    c = torch.arange(size)+.5
-    x0,y0,x1,y1 = boxes.float().T[...,None]
-    inx,iny = (c>=x0)&(c<x1), (c>=y0)&(c<y1)
-    return (iny[:,:,None]&inx[:,None,:]).any(dim=0)
+    return torch.from_numpy(masks_by_box(boxes, size).any(axis=0))
 
 # %% ../../nbs/00_data.ipynb #83d132a6
 def _pixel_boxes(boxes, w, h):
