@@ -81,13 +81,13 @@ def find_places(
     "Find a mask's pixels in a ranking."
     order,values = (t.reshape(-1, t.shape[-1]) for t in ranking) # (m, n): all places of all maps, one map after the other
     n,shape = order.shape[-1],(*ranking.order.shape[:-1],-1)
-    if mask.numel()!=n or mask.dtype!=torch.bool or not mask.any():
+    if mask.numel()!=n or mask.dtype!=torch.bool or not mask.count_nonzero():
         raise ValueError(f"mask is {tuple(mask.shape)}, {mask.dtype}: expected {n} pixels, bool, not all False")
     place = places_of(mask.flatten().index_select(0, order.flatten())) # of the mask's pixels, counted through all maps
     new = torch.ones(order.numel()+1, dtype=torch.bool, device=order.device) # whether a run of equal values begins here; every map begins one
     new[:-1].view(order.shape)[:,1:] = values[:,1:]!=values[:,:-1]
     first,last,upto = place.clone(),place.clone(),torch.arange(1, len(place)+1, device=place.device) # of a pixel whose value is its own
-    tied = places_of(~(new[place]&new[place+1]))
+    tied = places_of(~(new.index_select(0, place)&new.index_select(0, place+1)))
     begins = places_of(new) # of all runs, and the end of the last
     run = torch.searchsorted(begins, place[tied], right=True)
     first[tied],last[tied] = begins[run-1],begins[run]-1

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EPS', 'PRIOR_EPS', 'rank_accuracy', 'area_matched_iou', 'n_holding', 'mass_iou', 'average_precision',
            'average_precision_chance', 'dilate', 'pointing_game', 'nss', 'soft_target', 'mix_even', 'kl_divergence',
-           'similarity', 'correlation', 'emd', 'loo_prior', 'shuffled_auroc', 'shuffled_auroc_ceiling',
-           'information_gain', 'box_masks', 'hits_by_box', 'box_scores', 'best_box', 'best_iou_chance']
+           'similarity', 'correlation', 'emd', 'loo_prior', 'densities_of_others', 'shuffled_auroc',
+           'shuffled_auroc_ceiling', 'information_gain', 'box_masks', 'hits_by_box', 'box_scores', 'best_box',
+           'best_iou_chance']
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #6a1242c4
 from functools import cache
@@ -41,11 +42,13 @@ def n_holding(
     maps:torch.Tensor, # (..., h, w), not negative
     mass:float=.6, # share of the attention, in (0, 1]
     ranking:Ranking=None, # of these maps, if it has been made
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) int64
     "Size of the smallest set of pixels that holds a share of the attention."
     if not 0<mass<=1: raise ValueError(f"mass is {mass}: expected a share in (0, 1]")
-    values = (rank_pixels(maps) if ranking is None else ranking).values
-    held = shares(values[...,None]).cumsum(-1)
+    ranking = rank_pixels(maps) if ranking is None else ranking
+    p = shares(maps) if p is None else p
+    held = p.gather(-1, ranking.order).cumsum(-1)
     return torch.searchsorted(held, torch.full_like(held[...,:1], mass-1e-9))[...,0]+1
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #2e051fb2
@@ -103,15 +106,16 @@ def pointing_game(
     check_maps(maps, mask)
     peak = maps==maps.amax((-2,-1), keepdim=True)
     near = dilate(mask, tolerance) if tolerance else mask
-    return (peak&near).sum((-2,-1)).double()/peak.sum((-2,-1))
+    return (peak&near).count_nonzero((-2,-1)).double()/peak.count_nonzero((-2,-1))
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #ddfddab8
 def _centered(some, flat):
     "Some values minus the mean of all, over the standard deviation of all; zero where all are equal."
-    mean = flat.double().mean(-1, keepdim=True)
-    sd = (flat.double()-mean).square().mean(-1, keepdim=True).sqrt()
+    off = flat.double()
+    mean = off.mean(-1, keepdim=True)
+    sd = (off-mean).square_().mean(-1, keepdim=True).sqrt()
     level = (flat.amax(-1, keepdim=True)==flat.amin(-1, keepdim=True))|(sd==0)
-    return ((some.double()-mean)/sd.masked_fill(level, 1)).masked_fill(level, 0)
+    return ((some.double()-mean)/sd.masked_fill(level, 1)).masked_fill_(level, 0)
 
 def nss(
     maps:torch.Tensor, # (..., h, w)
@@ -129,9 +133,11 @@ def soft_target(
 )->torch.Tensor: # (..., grid, grid) float64, sums to 1
     "Share of the pixels in boxes that each patch holds."
     if masks.dtype!=torch.bool: raise ValueError(f"masks are {masks.dtype}: expected bool")
-    area = masks.sum((-2,-1), keepdim=True)
+    area,s = masks.count_nonzero((-2,-1))[...,None,None],masks.shape[-1]//grid
     if (area==0).any(): raise ValueError("a mask is empty: an image without a box in view has no target, so leave it out")
-    return regrid(masks.double(), grid)/area
+    whole = masks.shape[-2]==masks.shape[-1]==s*grid # patches hold whole pixels, which can be counted
+    held = masks.unflatten(-1, (grid,s)).sum(-1).unflatten(-2, (grid,s)).sum(-2) if whole else regrid(masks.double(), grid)
+    return held.double()/area
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #b1cc115e
 EPS = 1e-3 # share of even attention mixed into a map before its logarithm is taken
@@ -158,18 +164,20 @@ def kl_divergence(
     maps:torch.Tensor, # (..., g, g), not negative
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`
     eps:float=EPS, # share of even attention mixed into the map
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) float64 >= 0, in nats; lower is better
     "Divergence of a map from the target, KL(target || map) (Bylinskii et al., 2019)."
-    p,t = mix_even(shares(maps), eps),_target(maps, target)
+    p,t = mix_even(shares(maps) if p is None else p, eps),_target(maps, target)
     return (torch.special.xlogy(t, t)-torch.special.xlogy(t, p)).sum(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #d4bfe4c9
 def similarity(
     maps:torch.Tensor, # (..., g, g), not negative
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) float64 in [0, 1]
     "What two distributions share, sum of min(p, t): histogram intersection (Bylinskii et al., 2019)."
-    return torch.minimum(shares(maps), _target(maps, target)).sum(-1)
+    return torch.minimum(shares(maps) if p is None else p, _target(maps, target)).sum(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #fe6113a1
 def correlation(
@@ -196,7 +204,7 @@ def _transport(p, t, cost):
     i,j = np.flatnonzero(p>stays),np.flatnonzero(t>stays)
     if not (len(i) and len(j)): return 0.
     p,t = (p-stays)[i],(t-stays)[j]
-    value,log = ot.emd2(p/p.sum(), t/t.sum(), cost[i[:,None],j], numItermax=1_000_000, log=True)
+    value,log = ot.emd2(p/p.sum(), t/t.sum(), cost[i[:,None],j], numItermax=1_000_000, log=True, center_dual=False)
     if log['warning']: raise RuntimeError(f"no optimal transport was found: {log['warning']}")
     return float(value)*p.sum()
 
@@ -231,6 +239,24 @@ def loo_prior(
     mean = other/other.sum(1, keepdim=True)@(masks.flatten(1).double()/masks.flatten(1).sum(1, keepdim=True))
     return mix_even(mean, eps).reshape(masks.shape)
 
+# %% ../../nbs/02d_saliency_metrics.ipynb #f1ded323
+def densities_of_others(
+    masks:list, # n tensors (h, w) bool, each with a box
+    groups:list=None, # n churches, as for `loo_prior`
+): # function of the number of an image: (h, w) float64, as `loo_prior(masks, groups, eps=0)` has it
+    "Where a box of a random other image is, one image at a time."
+    groups,at = range(len(masks)) if groups is None else groups,[np.flatnonzero(m) for m in masks]
+    own,total = {},np.zeros(masks[0].numel())
+    for i,(group,a) in enumerate(zip(groups, at)):
+        own.setdefault(group, []).append(i)
+        total[a] += 1/len(a)
+    def others(i):
+        left = total.copy()
+        for j in own[groups[i]]: left[at[j]] -= 1/len(at[j])
+        left[left<.5/len(left)] = 0 # one mask adds at least 1/len(left): what is less is rounding
+        return torch.from_numpy(left).view(masks[0].shape)/(len(masks)-len(own[groups[i]]))
+    return others
+
 # %% ../../nbs/02d_saliency_metrics.ipynb #931e78ff
 def shuffled_auroc(
     maps:torch.Tensor, # (..., h, w): only the ranking of pixels is used
@@ -255,8 +281,8 @@ def shuffled_auroc_ceiling(
     others:torch.Tensor, # (h, w) not negative
 )->float: # in [1/2, 1]
     "Shuffled AUROC of the best possible order, that of the likelihood ratio (Neyman & Pearson, 1933)."
-    w = inside(others.flatten(), mask).double().sort().values # the rarest among the others come first; what is outside comes last
-    return 1-((w.cumsum(0)-w/2).mean()/others.double().sum()).item()
+    w = np.sort(inside(others.flatten(), mask).double().cpu().numpy()) # the rarest among the others come first; what is outside comes last
+    return 1-float((w.cumsum()-w/2).mean()/others.double().sum())
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #c9845353
 def information_gain(
@@ -291,7 +317,7 @@ def hits_by_box(
 )->torch.Tensor: # (..., b) float64
     "How many of the top `k` pixels lie in each box."
     top = ranking.order[...,:k]
-    return masks.flatten(1).index_select(1, top.flatten()).view(len(masks), *top.shape).sum(-1).double().movedim(0, -1)
+    return torch.stack([m.index_select(0, top.flatten()).view(top.shape).count_nonzero(-1) for m in masks.flatten(1)], dim=-1).double()
 
 def box_scores(
     maps:torch.Tensor, # (..., h, w)
@@ -334,10 +360,12 @@ def best_iou_chance(
 )->float: # in [0, 1]
     "Expected IoU with the best box, of pixels drawn at random."
     m = masks.flatten(1).cpu().numpy()
-    covered = m[:,np.flatnonzero(m.any(0))]
-    kinds,counts = np.unique(np.packbits(covered, axis=0), axis=1, return_counts=True) # which boxes a pixel lies in, and how many do
-    if outside := m.shape[1]-covered.shape[1]: kinds,counts = np.c_[0*kinds[:,:1],kinds],np.r_[outside,counts]
-    k,lies = n_kept(m.shape[1], q),np.unpackbits(kinds, axis=0, count=len(m)).astype(int)
+    lies = np.packbits(m[:,np.flatnonzero(m.any(0))], axis=0) # in which boxes a pixel lies
+    lies = lies[:,np.lexsort(lies[::-1])]
+    begins = np.flatnonzero(np.r_[True,(lies[:,1:]!=lies[:,:-1]).any(0)]) # of runs of pixels of one kind
+    counts,kinds = np.diff(np.r_[begins,lies.shape[1]]),np.unpackbits(lies[:,begins], axis=0, count=len(m)).astype(int)
+    if outside := m.shape[1]-lies.shape[1]: counts,kinds = np.r_[outside,counts],np.c_[0*kinds[:,:1],kinds]
+    k = n_kept(m.shape[1], q)
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, k, size=draws, method='marginals')
-    hits = drawn@lies.T
-    return float((hits/(k+lies@counts-hits)).max(1).mean())
+    hits = drawn@kinds.T
+    return float((hits/(k+kinds@counts-hits)).max(1).mean())
