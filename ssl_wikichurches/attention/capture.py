@@ -212,7 +212,7 @@ def on_tokens(
 def mean_row(
     call:AttentionCall,
     rows:slice, # of the queries
-    at_once:int=2**21, # weights in memory
+    at_once:int=2**19, # weights in memory, if those of one head are fewer
 )->torch.Tensor: # (batch, heads, 1, keys), float32 or better; sums to 1
     "The mean row of some queries, a few heads at a time."
     if rows==slice(1) or call.matrix is not None: return call.weights(rows).mean(2, keepdim=True)

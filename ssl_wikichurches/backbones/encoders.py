@@ -58,7 +58,7 @@ _TRAINED_TOKEN = re.compile('dinov3') # architectures that average their patches
 def _pooling(model, architecture):
     "What timm calls the pooling that a model is read by: 'token', 'map' or 'avg'. Raises where it has none of them."
     how,token = getattr(model, 'global_pool', 'token'),getattr(model, 'cls_token', None) is not None
-    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size')
+    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size') and hasattr(model, 'num_prefix_tokens')
     if plain and token and _TRAINED_TOKEN.search(architecture) and how!='map': return 'token'
     if plain and (how in ('map','avg') or token and how=='token'): return how
     lacks = f"it pools by {how!r} in timm's words" if plain else 'it has no row of patches that goes through one block after the other'
@@ -660,6 +660,8 @@ def describe_encoder(
             f"of {b.n_heads} heads; its feature of {b.dim} numbers is {feature}, its maps are {maps}")
 
 # %% ../../nbs/01_backbones.ipynb #cdb4a531
+_PROJECTIONS = dict(qkv='qkv', q_proj='q', k_proj='k', v_proj='v', query='q', key='k', value='v') # names in either library
+
 def attention_projections(
     backbone:Backbone, # not wrapped by adapters
 )->list: # one dict per block, from 'q', 'k', 'v' (or 'qkv' where fused) to the module's name in `backbone.model`
@@ -667,8 +669,7 @@ def attention_projections(
     maps = {}
     for name,m in backbone.model.named_modules():
         owner,_,last = name.rpartition('.')
-        if isinstance(m, nn.Linear) and last in ('qkv', 'q_proj', 'k_proj', 'v_proj'):
-            maps.setdefault(owner, {})[last.removesuffix('_proj')] = name
+        if isinstance(m, nn.Linear) and (what := _PROJECTIONS.get(last)): maps.setdefault(owner, {})[what] = name
     if len(maps)!=backbone.depth or any(set(m) not in ({'qkv'}, set('qkv')) for m in maps.values()):
         raise ValueError(f"{backbone.spec.name} has {backbone.depth} blocks, but projections of {len(maps)} were found: {list(maps.values())[:1]}")
     outside = [owner for owner in maps if getattr(backbone.model.get_submodule(owner), 'q_bias', None) is not None]
