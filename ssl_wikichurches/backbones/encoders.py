@@ -202,11 +202,6 @@ class Backbone(nn.Module):
         if len(found)!=self.depth: raise ValueError(f"{self.spec.name} has {self.depth} blocks, but {len(found)} were found")
         return found
 
-    def rows(self, head:bool=False)->slice: # of the queries of a block, or of the pooling head
-        "The queries whose mean row is a map."
-        if head: return self.reader.latents(self.model)
-        return slice(self.spec.n_prefix, None) if self.spec.pooling=='mean' else slice(1)
-
     def _inputs(self, images):
         check_images(images, self.spec)
         return self.reader.inputs((images-self.mean)/self.std, self.spec.grid, self.spec.size!=self.native)
