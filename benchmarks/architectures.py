@@ -57,19 +57,16 @@ class Softmaxes(TorchFunctionMode):
         if func in (F.softmax, torch.softmax, torch.Tensor.softmax) and out.ndim==4: self.seen.append(out)
         return out
 
-def replace_model(backbone, model):
-    other = copy.copy(backbone); other._modules = dict(backbone._modules, model=model)
-    return other
-
 def unfused_rows(backbone, x):
     "What the library's own slow attention gives for the maps, (batch, blocks, heads, patches)."
+    backbone = copy.deepcopy(backbone)
     model,s = backbone.model,backbone.spec
     if s.family=='timm':
         fused = [m for m in model.modules() if getattr(m, 'fused_attn', False)]
         for m in fused: m.fused_attn = False
     else:
         slow = type(model)._from_config(model.config, attn_implementation='eager', **FAMILIES[s.family].options).eval() # some choose the classes of their attention when they are made
-        slow.load_state_dict(model.state_dict()); backbone = replace_model(backbone, slow)
+        slow.load_state_dict(model.state_dict()); backbone.model = model = slow
     with torch.no_grad(), Softmaxes() as soft: backbone(x)
     if s.pooling=='class': return torch.stack([a[:,:,0,s.n_prefix:] for a in soft.seen], 1)
     if s.pooling=='mean': return torch.stack([a[:,:,s.n_prefix:,s.n_prefix:].mean(2) for a in soft.seen], 1)

@@ -7,6 +7,7 @@ __all__ = ['token_rollout', 'rollout', 'predicted_class', 'gmar_weights', 'gmar'
            'value_vectors', 'value_norm', 'attention_flow']
 
 # %% ../../nbs/02a_attribution.ipynb #e678741c
+import inspect
 from contextlib import contextmanager
 import numpy as np, torch
 from torch import nn
@@ -262,6 +263,8 @@ def _output_maps(backbone, calls, exits, like):
     for i,(call,found) in enumerate(zip(calls, exits, strict=True)):
         bare = _bare_scale(backbone, backbone.layers[i]) if i<backbone.depth else None
         if call.out_proj is None and found['project'] is None: raise ValueError(f"no module follows attention call {i} of {backbone.spec.name}")
+        if call.out_proj is None and len(inspect.signature(found['project'].forward).parameters)>1:
+            raise ValueError(f"what follows attention in {backbone.spec.name} takes more than its output: the parts that tokens contribute cannot be told apart")
         if bare is not None and found['scale'] is not None: raise ValueError(f"block {i} of {backbone.spec.name} seems to have two LayerScales")
         def function(x):
             x = found['project'](x) if call.out_proj is None else nn.functional.linear(x, *call.out_proj)

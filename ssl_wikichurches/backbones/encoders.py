@@ -50,7 +50,8 @@ def _build_transformers(config):
     from transformers import AutoConfig, AutoModel
     settings = {k:v for k,v in config.items() if k!='model_type'}|_RETURNED
     with _silent_transformers():
-        return AutoModel.from_config(AutoConfig.for_model(config['model_type'], **settings), attn_implementation='sdpa', **_FAMILY_OF[config['model_type']].options)
+        config = AutoConfig.for_model(config['model_type'], **settings)
+        return AutoModel.from_config(config, attn_implementation='sdpa', **_FAMILY_OF[config.model_type].options)
 
 # %% ../../nbs/01_backbones.ipynb #da2beae1
 _TRAINED_TOKEN = re.compile('dinov3') # architectures that average their patches, beside a class token that was trained
@@ -280,6 +281,7 @@ def _calls_lack(backbone, calls):
     if len(calls)!=depth+(spec.pooling=='head'):
         return (f"its {depth} blocks{' and its pooling head'*(spec.pooling=='head')} make {len(calls)} calls of PyTorch's fused attention, "
                 "and one of each is read")
+    if blocks[0][1]!=n and any(c[1]==1 for c in blocks): return "only a class token attends in calls of PyTorch's fused attention, and its patches are mixed in another way"
     if wrong := [c for c in blocks if c[1:]!=(n,n)]:
         return (f"attention in a block goes from {wrong[0][1]} to {wrong[0][2]} tokens, "
                 f"and those of {spec.n_prefix} tokens before the patches and {spec.grid} x {spec.grid} patches are {n}")
@@ -294,7 +296,8 @@ def _parts_lack(backbone, read, seen):
     if spec.pooling=='class' and read!=[0]:
         return f"its feature is made of tokens {', '.join(map(str, read[:3]))}{' and others'*(len(read)>3)}, and a map shows the attention of token 0 alone"
     if spec.pooling=='mean' and read!=[*range(spec.n_prefix, spec.n_prefix+spec.grid**2)]:
-        return f"its feature is made of tokens {', '.join(map(str, read[:3]))}{' and others'*(len(read)>3)}, and a map shows the attention of all patches, which alone it would be the mean of"
+        return (f"its feature is made of tokens {', '.join(map(str, read[:3]))}{' and others'*(len(read)>3)}, "
+                "and a map shows the attention of all patches and of nothing else")
     squares = torch.zeros_like(seen)
     for y,x in ((0,min(1, last)),(last,last)): squares[y*p:(y+1)*p,x*p:(x+1)*p] = True
     if not torch.equal(seen, squares): return f"its patches are not cut from the image as squares of {p} pixels, side by side and row by row"
@@ -401,7 +404,7 @@ def _vision_config(source):
     config = AutoConfig.from_pretrained(source)
     config = getattr(config, 'vision_config', config)
     family = _FAMILY_OF.get(config.model_type)
-    if family is None: raise ValueError(f"{source} is of type {config.model_type!r}; known are {', '.join(_FAMILY_OF)}")
+    if family is None: raise ValueError(f"{source} is of type {config.model_type!r}, of which it is not known how its patches attend; known are {', '.join(_FAMILY_OF)}")
     if not getattr(config, 'vision_use_head', True): raise ValueError(f"{source} has no pooling head")
     return config,family
 
@@ -423,8 +426,8 @@ def _load_transformers(source):
         size,stats = _preprocessing(source, config, family)
     patch = one_side(config.patch_size, source, 'patches')
     n_prefix = family.class_tokens+getattr(config, 'num_register_tokens', 0)
-    mean = getattr(config, 'use_mean_pooling', family.pooling=='mean')
-    spec = BackboneSpec(Path(source).name, source, family.name, size, patch, n_prefix, pooling='mean' if mean else family.pooling.replace('mean', 'class'), **stats)
+    pooling = {True: 'mean', False: 'class'}.get(getattr(config, 'use_mean_pooling', None), family.pooling)
+    spec = BackboneSpec(Path(source).name, source, family.name, size, patch, n_prefix, pooling=pooling, **stats)
     return Backbone(spec, model, architecture)
 
 # %% ../../nbs/01_backbones.ipynb #787c0e93
@@ -464,8 +467,8 @@ def load_timm(
     state,resampled = _converted(model, {re.sub(r'^(module|timm_model)\.', '', k): v for k,v in read(model).items()})
     _refuse(source, [], resampled, [])
     if 'fc_norm.weight' in state.keys()-model.state_dict().keys():
-        raise ValueError(f"{source} averages its patches, its norm stands behind the average, and {architecture} pools otherwise: name an architecture that averages, "
-                         "or `global_pool: avg` among the `model_args` of the config.json beside it")
+        raise ValueError(f"{source} averages its patches: its norm stands behind the average, and {architecture} pools otherwise. Name an architecture that "
+                         "averages, or `global_pool` 'avg' among the `model_args` of a config.json beside it")
     _fill(model, state, source)
     stats = {k: tuple((cfg or {}).get(k) or model.pretrained_cfg[k]) for k in ('mean', 'std')}
     size,patch = (one_side(getattr(model.patch_embed, f'{k}_size'), source, of) for k,of in (('img','images'),('patch','patches')))
