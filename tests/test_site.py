@@ -1,5 +1,5 @@
 "The site up to Quarto, which only warns of what is dead: navigation, links and cross-references."
-import json, os, re, shutil, subprocess, sys
+import ast, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
@@ -68,14 +68,14 @@ def test_a_dead_link_would_be_found(tmp_path):
 def processed(tmp_path_factory):
     "The pages as nbdev hands them to Quarto: made in a copy, with a stand-in for Quarto that notes how it was called."
     home = tmp_path_factory.mktemp('site')
-    for name in ('nbs','ssl_wikichurches','settings.ini','_quarto.yml','README.md','results'):
-        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
+    for name in ('nbs','ssl_wikichurches','settings.ini','_quarto.yml','README.md'):
+        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints','*.safetensors'))
         else: shutil.copy(ROOT/name, home/name)
     (home/'bin').mkdir()
     (home/'bin/quarto').write_text('#!/bin/sh\necho "$PWD quarto $*" >> "$QUARTO_CALLS"\nmkdir -p _docs\n')
     (home/'bin/quarto').chmod(0o755)
     env = os.environ|dict(PATH=f"{home/'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", QUARTO_CALLS=str(home/'calls'))
-    done = subprocess.run(['nbdev_docs','--n_workers','2'], cwd=home, env=env, capture_output=True, text=True)
+    done = subprocess.run(['nbdev_docs','--n_workers','0'], cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode==0, done.stdout+done.stderr
     return home
 
@@ -90,5 +90,41 @@ def test_nbdev_hands_every_page_to_quarto(processed):
 def test_links_of_the_pages(processed):
     "Also those that nbdev made of names in backticks."
     url = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())['website']['site-url']
-    assert any(url in md for md,_ in pages(processed/'_proc').values())
+    assert any('](backbones.html#load_backbone)' in md for md,_ in pages(processed/'_proc').values())
     assert not dead(processed/'_proc', url)
+
+# ---- entries of functions and classes
+
+def fences(md): return re.findall(r'^```.*?\n(.*?)^```', md, re.M|re.S)
+
+def broken_blocks(found):
+    "Blocks of code in which markdown would show as such, or names of Python's own instead of the author's."
+    return [(name, m[0]) for name,(md,_) in found.items() for block in fences(md) for m in re.finditer(r'\[[^\]\n]*\]\([^)\n]*\)|VAR_(POSITIONAL|KEYWORD)|<factory>', block)]
+
+def public_classes():
+    "From the modules: class, page, and comments of its fields."
+    syms = {k:v for d in json.loads(json.dumps(importlib.import_module('ssl_wikichurches._modidx').d['syms'])).values() for k,v in d.items()}
+    for p in (ROOT/'ssl_wikichurches').rglob('[a-z]*.py'):
+        text = p.read_text()
+        for node in ast.parse(text).body:
+            full = '.'.join((*p.relative_to(ROOT).with_suffix('').parts, getattr(node, 'name', '')))
+            if not isinstance(node, ast.ClassDef) or full not in syms or node.name.startswith('_'): continue
+            lines = [text.splitlines()[f.end_lineno-1].partition(' # ') for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith('_')]
+            yield node.name, syms[full][0].partition('#')[0], [c for _,_,c in lines if c]
+
+def lost_comments(found):
+    page_of = {re.search(r'^output-file: *(\S+)', md, re.M).group(1):md for md,_ in found.values() if 'output-file:' in md}
+    return [(name, c) for name,page,comments in public_classes() for c in comments if not any(c in b for b in fences(page_of.get(page, '')) if f'class {name}' in b)]
+
+def test_entries_are_whole(processed):
+    found = pages(processed/'_proc')
+    assert not broken_blocks(found) and not lost_comments(found)
+    assert sum(len(c) for _,_,c in public_classes())>300
+    assert sum('{.api-links}' in md for md,_ in found.values())>60
+
+def test_broken_entries_would_be_found(processed):
+    name = '06a_plan.ipynb'
+    md,code = pages(processed/'_proc')[name]
+    assert broken_blocks({name:(md.replace('metric:str', 'metric:[str](a.html)', 1), code)})==[(name, '[str](a.html)')]
+    assert broken_blocks({name:(md.replace('metric:str', 'args:VAR_POSITIONAL', 1), code)})
+    assert ('Study', 'see `class_labels`') in lost_comments({name:(md.replace(' # see `class_labels`', ''), code)})
