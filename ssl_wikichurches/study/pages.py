@@ -6,14 +6,14 @@
 __all__ = ['USUAL', 'signature_text', 'say_usual', 'imported_names', 'name_link', 'link_names', 'read_references', 'cite',
            'entry', 'all_entries', 'fold_of', 'Pages']
 
-# %% ../../nbs/06x_pages.ipynb #2e2b37b9
+# %% ../../nbs/06x_pages.ipynb #987c1ef0
 import ast, importlib, re, tokenize
 from functools import lru_cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
-# %% ../../nbs/06x_pages.ipynb #bd6d506c
+# %% ../../nbs/06x_pages.ipynb #fc63e0fe
 def _comments(code): return {t.start[0]:t.string for t in tokenize.generate_tokens(StringIO(code).readline) if t.type==tokenize.COMMENT}
 
 def _head(lines, node, comments):
@@ -25,7 +25,7 @@ def _head(lines, node, comments):
     if body.lineno==node.lineno and body.end_lineno in comments: text += f' {comments[body.end_lineno]}'
     return text
 
-# %% ../../nbs/06x_pages.ipynb #d9882f9a
+# %% ../../nbs/06x_pages.ipynb #e9fe2776
 def _public(node): return not node.name.startswith('_') or node.name in ('__init__','__call__','__enter__')
 
 def _members(lines, node, comments):
@@ -48,7 +48,7 @@ def signature_text(
     for kind,text in _members(lines, node, comments): (fields if kind=='field' else methods).append(text)
     return '\n'.join([_head(lines, node, comments), *fields, *([''] if fields and methods else []), *methods])
 
-# %% ../../nbs/06x_pages.ipynb #dca20130
+# %% ../../nbs/06x_pages.ipynb #9adeba6d
 USUAL = dict(
     seed='whole number: what is drawn depends on it alone', generator='of random numbers', rng='of random numbers',
     device='of torch: cpu, cuda, mps; None: a GPU if there is one',
@@ -68,7 +68,7 @@ def say_usual(
     def said(m): return f'{m[0]} # {text}' if (text:=USUAL.get(m[2]+(m[3] or ''), USUAL.get(m[2]))) else m[0]
     return re.sub(r'^( +)(\w+)(:[\w.|]+)?(=[^,#\n]+)?,$', said, shown, flags=re.M)
 
-# %% ../../nbs/06x_pages.ipynb #850ea93c
+# %% ../../nbs/06x_pages.ipynb #96fcf180
 _PACKAGE = __name__.partition('.')[0] if __name__!='__main__' else 'ssl_wikichurches'
 
 @lru_cache
@@ -96,7 +96,7 @@ def _by_short():
     for full,(_,file) in _index()[0].items(): out.setdefault(full.removeprefix(file.removesuffix('.py').replace('/','.')+'.'), []).append(full)
     return out
 
-# %% ../../nbs/06x_pages.ipynb #09ce6e80
+# %% ../../nbs/06x_pages.ipynb #bfd592e8
 def imported_names(
     sources:list, # code of cells
 )->dict: # name -> full name, of what is defined in this house
@@ -124,7 +124,7 @@ def name_link(
         full, = _by_short()[name] if len(_by_short().get(name, ()))==1 else ('',)
     return index[full][0] if full in index else ''
 
-# %% ../../nbs/06x_pages.ipynb #4f3b5364
+# %% ../../nbs/06x_pages.ipynb #432a02b6
 _NAME = re.compile(r'(?<!\[)`([A-Za-z_][\w.]*)(?:\(\))?`(?!\])')
 
 def link_names(
@@ -136,7 +136,7 @@ def link_names(
     parts = re.split(r'(^```.*?^```|^#.*?$|^    .*?$)', text, flags=re.M|re.S)
     return ''.join(p if i%2 else _NAME.sub(linked, p) for i,p in enumerate(parts))
 
-# %% ../../nbs/06x_pages.ipynb #d0564d78
+# %% ../../nbs/06x_pages.ipynb #996f1253
 def read_references(
     path:str|Path, # of a BibTeX file
 )->dict: # key by address, and by (surname of the first author, year) where there is one
@@ -149,7 +149,7 @@ def read_references(
         people.setdefault((of['author'].partition(',')[0], of['year']), []).append(key)
     return out|{who:keys[0] for who,keys in people.items() if len(keys)==1}
 
-# %% ../../nbs/06x_pages.ipynb #bd67e909
+# %% ../../nbs/06x_pages.ipynb #afa61b72
 _WHO = r"([A-Z][\w-]+)(?: (?:et al\.|and colleagues)|,? (?:and|&) [A-Z][\w-]+)*(?:'s)?,? "
 _LINKED = re.compile(r'(\()?\[([^\]\n]*)\]\((https?://[^)\s]+)\)(?(1)(\)?))')
 _NAMED = re.compile(rf'\({_WHO}(\d{{4}})(, [^()]*)?\)|{_WHO}\(?(\d{{4}})\)?')
@@ -168,7 +168,7 @@ def cite(
         return m[0] if not key else f'[@{key}{m[3] or ""}]' if m[1] else f'@{key}'
     return _NAMED.sub(by_name, _LINKED.sub(linked, text))
 
-# %% ../../nbs/06x_pages.ipynb #9bd0e372
+# %% ../../nbs/06x_pages.ipynb #211edd98
 def _source_link(full):
     index,settings = _index()
     file,name = index[full][1],full.rpartition('.')[2]
@@ -201,7 +201,7 @@ def entry(
     return '\n\n'.join([f'### {name} {{#{name.lower()} .api}}', *([within] if within else []), f'```python\n{shown}\n```',
                         link_names(cite(_plain(said), papers), scope), f'::: {{.api-links}}\n{" · ".join(at)}\n:::'])
 
-# %% ../../nbs/06x_pages.ipynb #d1a4f699
+# %% ../../nbs/06x_pages.ipynb #ba2c26d5
 def all_entries()->str: # markdown
     "Every public function and class, by module."
     modules = {}
@@ -210,7 +210,7 @@ def all_entries()->str: # markdown
         if not re.search(r'(^|\.)_', name) and (name[0].islower() or '.' not in name): modules.setdefault(file, []).append(f'[`{name}`]({to})')
     return '\n\n'.join(f'**`{f.removesuffix(".py").partition("/")[2].replace("/", ".")}`**: {", ".join(names)}' for f,names in modules.items())
 
-# %% ../../nbs/06x_pages.ipynb #eb28fcfe
+# %% ../../nbs/06x_pages.ipynb #c579c0b6
 _CHECK = re.compile(r'(assert|test_\w+\(|with expect_fail)')
 
 def _is_check(code):
@@ -231,7 +231,7 @@ def fold_of(
     if 'text/html' in kinds and lines>6: return 'Code of the table'
     return ''
 
-# %% ../../nbs/06x_pages.ipynb #66766964
+# %% ../../nbs/06x_pages.ipynb #5e6c77e6
 _GONE = {'export','exporti','default_exp','hide'}
 
 class Pages:
@@ -254,6 +254,9 @@ class Pages:
         return link_names(text.replace('::: {#all-entries}\n', f'::: {{#all-entries}}\n{all_entries()}\n'), self.scope)
 
     def _code(self, cell):
+        for o in cell.get('outputs', []):
+            data = o.get('data', {})
+            if 'text/markdown' in data: data['text/markdown'] = [self._prose(''.join(data['text/markdown']))]
         named = {d.rstrip(':') for d in cell.directives_}
         if _GONE&named: self._exported(cell, 'export' in named and 'hide' not in named)
         elif not {'code-fold','echo'}&named and (name:=fold_of(re.sub(r'^#\|.*\n', '', cell['source'], flags=re.M), cell.get('outputs', []))):
