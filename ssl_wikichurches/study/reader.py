@@ -282,9 +282,10 @@ def read_means(self:OpenStudy,
     return known
 
 @patch
-def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False)->Cells:
-    "Every block and head of a run by one metric."
-    if (found := _read_cells(self.path/run/'metrics.parquet', metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
+def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False, start:bool=False)->Cells:
+    "Every block and head of a run by one metric; or of the network that it started from."
+    path = self.path/run/('start.parquet' if start else 'metrics.parquet')
+    if (found := _read_cells(path, metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
     return found
 
 # %% ../../nbs/06c_reader.ipynb #00a872a3
