@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNIT', 'NO_SCORE', 'SIDE', 'STEPS', 'Shown', 'explorer_entries', 'pack_numbers', 'unpack_numbers', 'sum_of_heads',
-           'common_pixels', 'explorer_file', 'explorer_study', 'explorer_files', 'write_explorer',
+           'common_pixels', 'explorer_file', 'explorer_study', 'explorer_files', 'Written', 'write_explorer',
            'write_explorer_folder', 'explorer_widget']
 
 # %% ../../nbs/06v_explorer.ipynb #3e1c26d3
@@ -12,6 +12,7 @@ import base64, hashlib, io, json, os, zlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np, torch
 from jinja2 import Environment
 from ..attention.metrics import PRIMARY, n_kept
@@ -41,7 +42,7 @@ def _entries(opened):
     for r in opened.of_kind('all').itertuples():
         if r.kind=='supervised' or r.tier==FROZEN or r.model not in first: continue
         before = first[r.model]
-        if opened.has(r.name, 'start.parquet'):
+        if opened.own_start(r.name):
             before = len(rows)
             rows.append(Shown(r.model, 'its own start', r.seed, None, ((r.name,None),), True))
         rows.append(Shown(r.model, r.tier, r.seed, before, ((r.name,None),)))
@@ -192,7 +193,8 @@ def explorer_study(
     runs = [dict(model=e.model, tier=e.tier, seed=e.seed, before=e.before, label=e.tier) for e in entries]
     return dict(title=f'{s.name}: where the models look', models=models, runs=runs, photos=photos, boxes=boxes,
                 subtitle=f"{len(photos)} photographs (data: {Path(s.data).name}) with {sum(len(p['parts']) for p in photos)} boxes; {', '.join(models)}; {', '.join(tiers)}.",
-                q=int(PRIMARY.partition('@')[2]), scales=dict(heat=_scale('magma'), difference=_scale('RdBu_r')), same={}, folder='', left_out='', note='')
+                q=int(PRIMARY.partition('@')[2]), scales=dict(heat=_scale('magma'), difference=_scale('RdBu_r')), same={}, folder='', left_out='', holds='',
+                note="IoU: the top (100-q) % of the pixels of a map, upsampled to the model's input, and the union of the boxes.")
 
 # %% ../../nbs/06v_explorer.ipynb #2ddbd208
 STEPS = dict(last="maps of the last block, mean over heads", means="those of all other blocks", heads="single heads of the last block", all="single heads of all other blocks")
@@ -242,9 +244,8 @@ def explorer_files(
 def _said(study, taken):
     "The study, and in words what of its maps is there."
     there,out = ('; '.join(t for k,t in STEPS.items() if (k in taken)==want) for want in (True,False))
-    study['left_out'] = f'it holds {there}. Left out: {out}; the folder of the explorer has them.' if out else ''
-    study['note'] = (f"IoU: the top (100-q) % of the pixels of a map, upsampled to the model's input, and the union of the boxes. This explorer holds {there}."
-                     +(f' Left out: {out}; `wikichurches_explore --folder` writes them, too.' if out else ' Nothing is left out.'))
+    study['left_out'] = f'it has {there}, and the folder of the explorer has all.'
+    study['holds'] = f'Here are {there}. '+(f'Left out: {out}; `wikichurches_explore --folder` writes all of them.' if out else 'Nothing is left out.')
     return study
 
 # %% ../../nbs/06v_explorer.ipynb #bbae4d5f
@@ -256,27 +257,37 @@ def _page(study, found):
     inside = [(name,base64.b64encode(data).decode()) for name,data in found.items()]
     return Environment(autoescape=False).from_string(_asset('explorer.html')).render(study=study, json=text, files=inside, css=_css(), module=_asset('explorer.js'))
 
+class Written(NamedTuple):
+    "What was written."
+    path:Path # HTML file; of a folder its index.html
+    size:int # bytes, of all files
+    holds:str # which maps it has, in words
+
 def write_explorer(
     opened:OpenStudy,
     path:str|os.PathLike=None, # HTML file; None: explorer.html in the study's folder
     limit:float=20, # megabytes, see `explorer_files`
     side:int=SIDE, # of the photographs, in pixels
-)->Path: # the file
+)->Written:
     "Write the explorer of a study as one page."
-    html = _page(*explorer_files(opened, limit, side))
-    return write_file(path or opened.path/'explorer.html', lambda p: p.write_text(html, encoding='utf-8'))
+    html = _page(*(found := explorer_files(opened, limit, side)))
+    path = write_file(path or opened.path/'explorer.html', lambda p: p.write_text(html, encoding='utf-8'))
+    return Written(path, path.stat().st_size, found[0]['holds'])
 
 def write_explorer_folder(
     opened:OpenStudy,
     folder:str|os.PathLike=None, # gets index.html and data/; None: explorer/ in the study's folder
     side:int=SIDE, # of the photographs, in pixels
-)->Path: # index.html
+)->Written:
     "Write the explorer of a study, with everything, as a folder for a static host."
-    (folder := Path(folder or opened.path/'explorer')/'data').mkdir(parents=True, exist_ok=True)
-    study,steps,known = explorer_study(opened),_steps(opened),{}
-    for name,data in _made(opened, sum(steps.values(), []), side, known, study['same']): write_file(folder/name, lambda p: p.write_bytes(data))
+    (data := (folder := Path(folder or opened.path/'explorer'))/'data').mkdir(parents=True, exist_ok=True)
+    study,steps,size = explorer_study(opened),_steps(opened),0
+    for name,text in _made(opened, sum(steps.values(), []), side, {}, study['same']):
+        write_file(data/name, lambda p: p.write_bytes(text))
+        size += len(text)
     html = _page(_said(study, [*steps])|dict(folder='data'), {})
-    return write_file(folder.parent/'index.html', lambda p: p.write_text(html, encoding='utf-8'))
+    index = write_file(folder/'index.html', lambda p: p.write_text(html, encoding='utf-8'))
+    return Written(index, size+index.stat().st_size, study['holds'])
 
 # %% ../../nbs/06v_explorer.ipynb #6e15336b
 def explorer_widget(

@@ -267,7 +267,7 @@ class Explorer {
       h('section', {'aria-label': 'gallery'}, h('h2', {}, 'Photographs'),
         h('div', {class: 'wc-controls'}, this.select('sort', 'Order'), this.select('style', 'Style'), this.select('part', 'Part')),
         this.tally, this.list),
-      h('footer', {}, this.keys(), h('p', {}, study.note)))
+      h('footer', {}, this.keys(), h('p', {}, `${study.note} ${study.holds}`)))
     this.root.addEventListener('keydown', e => this.key(e))
     this.eyes = new IntersectionObserver(seen => seen.filter(e => e.isIntersecting).forEach(e => {
       this.eyes.unobserve(e.target)
@@ -280,7 +280,7 @@ class Explorer {
     return h('label', {}, h('span', {}, label), e)
   }
   slider(key, label, min, max, unit='') {
-    const said = h('output', {}), e = h('input', {type: 'range', min, max, step: 1, 'data-key': key, oninput: () => this.set({[key]: e.value})})
+    const said = h('span', {}), e = h('input', {type: 'range', min, max, step: 1, 'data-key': key, oninput: () => this.set({[key]: e.value})})
     e.said = said; e.unit = unit; this.inputs[key] = e
     return h('label', {class: 'wc-slider'}, h('span', {}, label, ' ', said), e)
   }
@@ -563,6 +563,7 @@ function render({model, el}) {
     photo: async i => URL.createObjectURL(new Blob([await source.get(`photo${i}.jpg`)], {type: 'image/jpeg'})),
   }
   const root = el.appendChild(document.createElement('div'))
+  root.dataset.lmSuppressShortcuts = 'true' // keys are for the explorer, not for JupyterLab's own commands
   const write = s => { if (JSON.stringify(s)!==JSON.stringify(model.get('state'))) { model.set('state', s); model.save_changes() } }
   const view = new Explorer(root, study, source, model.get('state'), write)
   const follow = () => { if (JSON.stringify(model.get('state'))!==JSON.stringify(view.state)) view.set({...DEFAULTS, ...model.get('state')}) }
