@@ -563,7 +563,7 @@ function render({model, el}) {
     photo: async i => URL.createObjectURL(new Blob([await source.get(`photo${i}.jpg`)], {type: 'image/jpeg'})),
   }
   const root = el.appendChild(document.createElement('div'))
-  root.dataset.lmSuppressShortcuts = 'true' // keys are for the explorer, not for JupyterLab's own commands
+  root.addEventListener('focusin', e => { e.target.dataset.lmSuppressShortcuts = 'true' }) // JupyterLab, which asks the element with the focus, leaves its keys alone
   const write = s => { if (JSON.stringify(s)!==JSON.stringify(model.get('state'))) { model.set('state', s); model.save_changes() } }
   const view = new Explorer(root, study, source, model.get('state'), write)
   const follow = () => { if (JSON.stringify(model.get('state'))!==JSON.stringify(view.state)) view.set({...DEFAULTS, ...model.get('state')}) }
