@@ -57,10 +57,10 @@ def data():
     return quarter()
 
 @pytest.fixture(scope='session')
-def forty():
-    "Ten of these photographs of each style, for what is trained often; a file may take them for its `data`."
+def two_dozen():
+    "At most seven of these photographs of each style, for what is trained often; a file may take them for its `data`."
     data = quarter(); y = data.labels[list(data.split.train)]
-    return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(10).index), val=data.split.val[::3]))
+    return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(7).index), val=data.split.val[::3]))
 
 @pytest.fixture(scope='session')
 def images(): return next(iter(quarter().loader('eval', 4)))[0]

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import numpy as np, torch
 from jinja2 import Environment
 from ..attention.metrics import PRIMARY, n_kept
-from ..attention.plots import BOX_COLOR, model_color
+from ..attention.plots import model_color
 from ..data.churches import ChurchDataset, eval_transform, read_church_records
 from ..data.codec import image_size
 from ..data.download import read_credits
 from ..data.files import write_file
 from ..finetune.tiers import FROZEN
+from .figures import css_color, css_variables, tier_color
 from .reader import OpenStudy
 from .supervision import supervised_runs
 
@@ -156,7 +157,7 @@ def _models(opened):
     def one(i, e):
         _,blocks,heads,grid,_ = _maps(opened, i).shape
         rows = opened.maps(e.runs[0][0]).header.rows
-        return dict(size=opened.photographs(e.model).size, grid=grid, blocks=blocks, heads=heads, rows=rows, color=model_color(e.model),
+        return dict(size=opened.photographs(e.model).size, grid=grid, blocks=blocks, heads=heads, rows=rows, color=css_color(model_color(e.model)),
                     photos=[names.index(n) for n in opened.photographs(e.model).names])
     return {e.model:one(i, e) for i,e in enumerate(entries) if e.tier==FROZEN}
 
@@ -190,7 +191,7 @@ def explorer_study(
     if not any(e.before is not None for e in entries): raise ValueError(f"{opened.path} has no complete fine-tuned run: there is nothing to set beside the frozen maps yet")
     photos,models,s = _about(opened, boxes),_models(opened),opened.study
     tiers = dict.fromkeys(e.tier for e in entries if e.before is not None)
-    runs = [dict(model=e.model, tier=e.tier, seed=e.seed, before=e.before, label=e.tier) for e in entries]
+    runs = [dict(model=e.model, tier=e.tier, seed=e.seed, before=e.before, label=e.tier, color=css_color(tier_color(FROZEN if e.start else e.tier))) for e in entries]
     return dict(title=f'{s.name}: where the models look', models=models, runs=runs, photos=photos, boxes=boxes,
                 subtitle=f"{len(photos)} photographs (data: {Path(s.data).name}) with {sum(len(p['parts']) for p in photos)} boxes; {', '.join(models)}; {', '.join(tiers)}.",
                 q=int(PRIMARY.partition('@')[2]), scales=dict(heat=_scale('magma'), difference=_scale('RdBu_r')), same={}, folder='', left_out='', holds='',
@@ -250,7 +251,8 @@ def _said(study, taken):
 
 # %% ../../nbs/06v_explorer.ipynb #bbae4d5f
 def _asset(name): return files('ssl_wikichurches').joinpath('templates', name).read_text(encoding='utf-8')
-def _css(): return _asset('explorer.css').replace('BOX_COLOR', BOX_COLOR)
+def _css(of=':root'): # with the colors of all figures; `of`: what they are named for
+    return css_variables().replace(':root{color-scheme:light dark;', f'{of}{{')+_asset('explorer.css')
 
 def _page(study, found):
     text = json.dumps(study, ensure_ascii=False, separators=(',',':')).replace('<', '\\u003c')
@@ -299,7 +301,7 @@ def explorer_widget(
     try: import anywidget, traitlets
     except ImportError as e: raise RuntimeError("widgets need anywidget: `pip install anywidget`, or open the page of `write_explorer`") from e
     class Explorer(anywidget.AnyWidget):
-        _esm,_css = _asset('explorer.js'),_css()
+        _esm,_css = _asset('explorer.js'),_css('.wc-explorer')
         study = traitlets.Dict().tag(sync=True)
         state = traitlets.Dict().tag(sync=True)
     def answer(widget, message, buffers):

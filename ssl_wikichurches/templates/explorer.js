@@ -374,7 +374,8 @@ class Explorer {
     if (!found.before) return only(found.why+(found.stored ? ` Their IoU at percentile ${study.q}: ${found.stored.map(v => plain(v)).join(' before, ')} after.` : ''))
     const [a, b] = [found.before, found.after].map(m => m.values.map(v => v*found.even)), d = b.map((v, i) => v-a[i])
     const heat = [study.scales.heat, ends.low, ends.high], names = [study.runs[run.before].label, run.tier, 'difference']
-    const panes = [[a, ...heat], [b, ...heat], [d, study.scales.difference, -ends.most, ends.most]].map((how, i) => this.pane(names[i], how, model, url, index+i===0))
+    const colors = [study.runs[run.before].color, run.color, null]
+    const panes = [[a, ...heat], [b, ...heat], [d, study.scales.difference, -ends.most, ends.most]].map((how, i) => this.pane(names[i], colors[i], how, model, url, index+i===0))
     const levels = h('p', {})
     const row = h('article', {class: 'wc-row'}, title, h('div', {class: 'wc-panes'}, ...panes.map(p => p.figure), h('div', {class: 'wc-levels'}, levels,
       this.bar(study.scales.heat, plain(ends.low, 1), plain(ends.high, 1), 'share of attention, 1: even'),
@@ -395,14 +396,14 @@ class Explorer {
     return h('div', {class: 'wc-bar', role: 'img', 'aria-label': `${label}: ${low} to ${high}`},
       h('b', {}, label), h('span', {}, low), h('i', {style: `background:linear-gradient(90deg,${stops})`}), h('span', {}, high))
   }
-  pane(name, how, model, url, first) {
+  pane(name, color, how, model, url, first) {
     const {size} = this.study.models[model], p = this.study.photos[this.photo], canvas = h('canvas', {'aria-hidden': 'true'})
     paint(canvas, size, ...how)
     const svg = h('svg', {viewBox: `0 0 ${size} ${size}`, preserveAspectRatio: 'none', 'aria-hidden': 'true'}), said = h('span', {class: 'wc-iou'})
     const image = h('img', {src: url, alt: `${p.title} (${p.styles.join(', ')})`})
     const stage = h('div', {class: 'wc-stage', style: `aspect-ratio:${p.aspect}`, role: 'group', 'aria-label': `${name}: ${p.title}`},
       image, canvas, svg, ...this.boxes(p, model, size, first))
-    const figure = h('figure', {'data-pane': name}, stage, h('figcaption', {}, h('span', {}, name), said))
+    const figure = h('figure', {'data-pane': name}, stage, h('figcaption', {}, h('span', {}, color && h('i', {class: 'wc-tier', style: `background:${color}`, 'aria-hidden': 'true'}), name), said))
     const dress = (value, text, lines) => {
       said.textContent = text; said.dataset.value = value
       canvas.style.opacity = this.state.opacity/100; image.style.filter = this.state.opacity==='0' ? 'none' : ''
