@@ -7,20 +7,20 @@ __all__ = ['WEIGHTS_B', 'SHARE', 'TRAINED', 'Finding', 'find_python', 'find_pack
            'find_compute', 'within', 'find_weights', 'find_photographs', 'matrix_rate', 'gpu_rate', 'study_seconds',
            'find_time', 'diagnose', 'finding_text', 'works_text']
 
-# %% ../../nbs/06w_doctor.ipynb #aa1e3c23
-import ctypes, json, os, platform, shutil, sys, threading, time
+# %% ../../nbs/06w_doctor.ipynb #c0648c41
+import ctypes, os, platform, shutil, sys, threading, time
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from ..backbones.registry import PUBLISHED
 from ..data.files import available_cores, cache_dir
 from ..finetune.tiers import FROZEN, LINEAR
-from .plan import Study, study_runs, tier_recipe
+from .plan import Study, tier_recipe
 from .status import duration
 
-# %% ../../nbs/06w_doctor.ipynb #dca4ec75
+# %% ../../nbs/06w_doctor.ipynb #15e8a7c6
 @dataclass(frozen=True)
 class Finding:
     "One thing that was looked at."
@@ -46,9 +46,10 @@ def find_packages(
         try: found[n] = version(n)
         except PackageNotFoundError: lost.append(n)
     said = ', '.join(f'{n} {v}' for n,v in found.items())
-    return Finding('libraries', said) if not lost else Finding('libraries', f"{said}; {', '.join(lost)} missing", 'bad', "pip install -e '.[dev]' in the folder of the repository")
+    if not lost: return Finding('libraries', said)
+    return Finding('libraries', f"{said}; {', '.join(lost)} missing", 'bad', "pip install -e '.[dev]' in the folder of the repository")
 
-# %% ../../nbs/06w_doctor.ipynb #f0928b28
+# %% ../../nbs/06w_doctor.ipynb #208cfc9b
 def _hub_cache():
     "Where weights of the hub are kept."
     home = os.environ.get('HF_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'huggingface'
@@ -69,11 +70,11 @@ def find_space(
     for what,folder,need,of in (('space for photographs', cache_dir(), 6, 'the photographs to train on'), ('space for weights', _hub_cache(), 4, 'six ViT-B'),
                                 ('space for runs', runs, 25, 'six models, three tiers and three seeds')):
         gb = free(folder)/1e9
-        short = gb<need
-        out.append(Finding(what, f'{gb:.0f} GB', 'note' if short else 'good', f'{of} take about {need} GB: another folder has more (WIKICHURCHES_CACHE, HF_HOME, --runs)' if short else ''))
+        advice = f'{of} take about {need} GB: another folder has more (WIKICHURCHES_CACHE, HF_HOME, --runs)' if gb<need else ''
+        out.append(Finding(what, f'{gb:.0f} GB', 'note' if advice else 'good', advice))
     return out
 
-# %% ../../nbs/06w_doctor.ipynb #c5c76f7f
+# %% ../../nbs/06w_doctor.ipynb #f7df227c
 def gpus(
     library=None, # NVIDIA's management library; None: that of this machine
 )->list: # (name, GB, compute capability) of each
@@ -100,7 +101,7 @@ def torch_cuda()->str: # such as '12.8'; '' for a build without, None where ther
     line = next((l for l in text.splitlines() if l.startswith('cuda')), '')
     return line.rpartition('=')[2].strip().strip("'").replace('None', '')
 
-# %% ../../nbs/06w_doctor.ipynb #88e0a69c
+# %% ../../nbs/06w_doctor.ipynb #05a49490
 def find_compute(
     found:list=None, # of `gpus`; None: those of this machine
     cuda:str=None, # of `torch_cuda`; None: of this environment
@@ -111,14 +112,16 @@ def find_compute(
     if not found:
         mps = sys.platform=='darwin' and platform.machine()=='arm64'
         word = 'an Apple GPU (--device mps)' if mps else 'none that the NVIDIA driver knows'
-        return [*out, Finding('gpu', word, 'good' if mps else 'note', '' if mps else 'the demonstration, frozen baselines and linear probes work; full fine-tuning of real backbones takes days')]
+        advice = '' if mps else 'the demonstration, frozen baselines and linear probes work; full fine-tuning of real backbones takes days'
+        return [*out, Finding('gpu', word, 'note' if advice else 'good', advice)]
     names = ', '.join(f'{n} ({gb:.0f} GB)' for n,gb,_ in found)
-    out.append(Finding('gpu', names) if cuda else Finding('gpu', names, 'note', 'torch was built without CUDA: install the build of your CUDA version (pytorch.org), or only the CPU computes'))
+    without = '' if cuda else 'torch was built without CUDA: install the build for your driver, or only the CPU computes'
+    out.append(Finding('gpu', names, 'note' if without else 'good', without))
     if min(gb for _,gb,_ in found)<16: out.append(Finding('gpu memory', 'less than 16 GB', 'note', 'halve the steps: --recipe full.accumulate=2'))
     bf16 = all(c>=8 for *_,c in found)
     return [*out, Finding('bfloat16', 'yes: --recipe full.precision=bfloat16 is about twice as fast' if bf16 else 'no: float32, which is the default')]
 
-# %% ../../nbs/06w_doctor.ipynb #5f52ea19
+# %% ../../nbs/06w_doctor.ipynb #f47448d7
 def within(
     seconds:float, # of patience
     call, # function without arguments
@@ -144,7 +147,7 @@ def _status(url, seconds):
 
 def _cached(repo): return any(p.is_file() for p in (_hub_cache()/f"models--{repo.replace('/', '--')}"/'snapshots').glob('*/*'))
 
-# %% ../../nbs/06w_doctor.ipynb #1d3b2bf3
+# %% ../../nbs/06w_doctor.ipynb #406223e3
 def _weights(name, repo, base, seconds):
     "A finding of one encoder."
     if _cached(repo): return Finding(name, 'weights are here')
@@ -154,7 +157,8 @@ def _weights(name, repo, base, seconds):
         way = 'its page has a license to accept, then `hf auth login`' if not _token() else 'the license on its page is not accepted by the one who is logged in'
         open_one = ', or take the open copy: --models dinov3=timm/vit_base_patch16_dinov3.lvd1689m' if name=='dinov3' else ''
         return Finding(name, 'on the hub, gated', 'note', f'{way}{open_one}')
-    return Finding(name, 'on the hub') if status<400 else Finding(name, f'the hub says {status} of {repo}', 'note', 'it may have moved: name another source, alias=source')
+    if status<400: return Finding(name, 'on the hub')
+    return Finding(name, f'the hub says {status} of {repo}', 'note', 'it may have moved: name another source, alias=source')
 
 def find_weights(
     base:str=None, # address of the hub; None: that of HF_ENDPOINT
@@ -164,26 +168,28 @@ def find_weights(
     base = base or os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
     offline = os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1','true','yes','on')
     there = not offline and within(2*seconds, partial(_status, base, seconds)) is not None
-    hub = Finding('hub', 'answers') if there else Finding('hub', 'HF_HUB_OFFLINE is set' if offline else 'does not answer', 'note', 'the tiny backbones of the demonstration come with the package')
+    silent = 'HF_HUB_OFFLINE is set' if offline else 'does not answer'
+    hub = Finding('hub', 'answers') if there else Finding('hub', silent, 'note', 'the tiny backbones of the demonstration come with the package')
     sources = {m:PUBLISHED[m].source for m in Study().models if m in PUBLISHED}
     asked = {m:s for m,s in sources.items() if there or _cached(s)}
     lost = [m for m in sources if m not in asked]
     none = Finding('weights', f"not here: {', '.join(lost)}", 'note', 'copy a folder of weights here, and name it: --models mae=FOLDER')
     return [hub, *(_weights(m, s, base, seconds) for m,s in asked.items()), *([none] if lost else [])]
 
-# %% ../../nbs/06w_doctor.ipynb #547031c8
+# %% ../../nbs/06w_doctor.ipynb #16094c04
 def find_photographs(
     data:str='wikichurches', # as for `wikichurches_study`
 )->Finding:
     "What lies where the study reads."
     folder = Path(data) if Path(data).is_dir() else cache_dir()/data
     if not (folder/'churches.json').is_file():
-        return Finding('photographs', f'no churches.json in {folder}', 'note', '`wikichurches_download` brings the annotated ones (200 MB), with --images leaf those to train on (6 GB)')
+        return Finding('photographs', f'no churches.json in {folder}', 'note',
+                       '`wikichurches_download` brings the annotated ones (200 MB), with --images leaf those to train on (6 GB)')
     n = sum(1 for p in os.scandir(folder/'images') if p.is_file()) if (folder/'images').is_dir() else 0
-    few = n<1000
-    return Finding('photographs', f'{n} in {folder}', 'note' if few else 'good', 'enough for the frozen baseline (--tiers none), too few to train on' if few else '')
+    few = 'enough for the frozen baseline (--tiers none), too few to train on' if n<1000 else ''
+    return Finding('photographs', f'{n} in {folder}', 'note' if few else 'good', few)
 
-# %% ../../nbs/06w_doctor.ipynb #9b0be299
+# %% ../../nbs/06w_doctor.ipynb #695f06e9
 WEIGHTS_B = 86e6 # of a ViT-B
 SHARE = .5 # of what matrices reach that a transformer gets
 TRAINED = 4588 # photographs with one of the four styles and no boxes, see the census
@@ -221,9 +227,10 @@ def study_seconds(
     "How long the runs of a study of ViT-Bs take."
     def passes(tier): return 1 if tier in (FROZEN,LINEAR) else 3*getattr(tier_recipe(study, tier), 'epochs', 1)
     def tokens(model): return PUBLISHED[model].size**2//PUBLISHED[model].patch**2 if model in PUBLISHED else 196
-    return sum(2*WEIGHTS_B*tokens(m)*photographs*passes(t)*(1 if t==FROZEN else len(study.seeds)) for m in study.sources for t in (FROZEN,*study.tiers))/(rate*SHARE)
+    seen = sum(tokens(m)*passes(t)*(1 if t==FROZEN else len(study.seeds)) for m in study.sources for t in (FROZEN,*study.tiers))
+    return 2*WEIGHTS_B*photographs*seen/(rate*SHARE)
 
-# %% ../../nbs/06w_doctor.ipynb #53e8f6c0
+# %% ../../nbs/06w_doctor.ipynb #203b698f
 def find_time(
     found:list, # of `gpus`
     rate:float=None, # of `matrix_rate` or `gpu_rate`; None: it is measured
@@ -238,7 +245,7 @@ def find_time(
             Finding('whole study', f'6 models x 3 tiers x 3 seeds: about {duration(real)} on {where}', 'note' if real>14*86400 else 'good',
                     'fewer models, one seed, or a GPU; a study can be stopped and goes on' if real>14*86400 else '')]
 
-# %% ../../nbs/06w_doctor.ipynb #c0bbf284
+# %% ../../nbs/06w_doctor.ipynb #e5b60c76
 def diagnose(
     data:str='wikichurches', # as for `wikichurches_study`
     runs:str='runs', # folder of all studies
@@ -264,4 +271,5 @@ def works_text(
     if bad:=[f.what for f in findings if f.state=='bad']: return f"will work here: nothing until what is marked !! is mended ({', '.join(bad)})"
     good = {f.what for f in findings if f.state=='good'}
     real = 'photographs' in good and {*Study().models}<=good
-    return 'will work here: the demonstration (wikichurches_study)'+(', and the study on real photographs' if real else '; for real photographs and weights see above')
+    return 'will work here: the demonstration (wikichurches_study)'+(
+        ', and the study on real photographs' if real else '; for real photographs and weights see above')
