@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_study', 'wikichurches_doctor', 'show_dry_run',
            'show_study', 'wikichurches_study', 'wikichurches_status', 'wikichurches_report', 'wikichurches_tensorboard',
-           'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths', 'wikichurches_download',
-           'wikichurches_prepare', 'wikichurches_import', 'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny',
-           'wikichurches_plan', 'wikichurches_calibrate']
+           'wikichurches_explore', 'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths',
+           'wikichurches_download', 'wikichurches_prepare', 'wikichurches_import', 'wikichurches_pretrain_tiny',
+           'wikichurches_probe_tiny', 'wikichurches_plan', 'wikichurches_calibrate']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import sys, tempfile, time, tomllib, traceback
@@ -253,6 +253,24 @@ def wikichurches_tensorboard(
         root = study_folder(root)
         from ssl_wikichurches.study.reader import open_study, to_tensorboard
         print(f'histories of {len(to_tensorboard(open_study(root), log))} runs: tensorboard --logdir {log}')
+
+# %% ../nbs/07_cli.ipynb #a0c10ef0
+@call_parse
+def wikichurches_explore(
+    root:str, # folder of a study
+    folder:store_true=False, # write a folder with everything, for a static host, in place of one page
+    out:str=None, # HTML file, or that folder; explorer.html or explorer/ in the study's folder where not given
+    limit:float=20, # of the page, in megabytes: what does not fit is left out, and said so
+    debug:store_true=False, # raise errors as they are
+):
+    "Write a page to move through a study's photographs, maps, blocks and heads."
+    with plain_errors('wikichurches_explore', debug):
+        root = study_folder(root)
+        from ssl_wikichurches.study.explorer import write_explorer, write_explorer_folder
+        from ssl_wikichurches.study.reader import open_study
+        opened = open_study(root)
+        written = write_explorer_folder(opened, out) if folder else write_explorer(opened, out, limit)
+        print(f'explorer: {written.path} ({written.size/1e6:.1f} MB). {written.holds}')
 
 # %% ../nbs/07_cli.ipynb #b0abcd43
 @call_parse
