@@ -152,6 +152,7 @@ def wikichurches_study(
     val:float=None, # share of the churches for validation; the labels' own where not given
     split_seed:int=None, # of the split
     on_error:str=None, # what to do with unreadable photographs: raise or skip
+    measure:str=None, # when to look at attention while it trains: every_epoch, log, or steps with commas; only at the end where not given
     recipe:str='', # changes of recipes: lora.epochs=3,full.lr=5e-5
     runs:str='runs', # folder of all studies
     executor:str=None, # where the runs are computed: local, dask, slurm, slurm-local; as the file's [cluster] says where not given
@@ -170,7 +171,7 @@ def wikichurches_study(
             from ssl_wikichurches.backbones.encoders import describe_encoder
             return print(describe_encoder(check_model, size))
         study = compose_study(file, recipe, _recipes_there(file, name, runs) if dry_run else None, name=name, data=data, models=models, tiers=tiers,
-                              seeds=seeds, labels=labels, geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error)
+                              seeds=seeds, labels=labels, geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error, measure=measure)
         study = _on_cluster(study, executor, address, workers)
         if dry_run: return show_dry_run(study, runs)
         from ssl_wikichurches.study.cluster import open_executor, shares
