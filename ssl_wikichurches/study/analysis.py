@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd, torch
 from ..attention.scores import COMPANIONS
-from ..data.churches import boxes_in_view
+from ..data.churches import CHURCH, boxes_in_view, reworded
 from ..data.files import read_tensors, write_file, write_json, write_tensors
 from .blind_baselines import FAMILY, baseline_scores, border_scores, border_table, compare_baselines
 from .detail import Example, best_block_table, best_heads, block_table, examples, head_grid, head_table, part_scores, part_table
@@ -210,7 +210,8 @@ def study_facts(
     first = runs.iloc[0]
     recipes = {r.tier:r.recipe for r in runs[runs.tier!=FROZEN].itertuples()}
     split = {p:int(first[f'n_{p}']) for p in ('train','val','eval','test') if first.get(f'n_{p}')}
-    return dict(study=asdict(opened.study), metric=metric, missing=[*opened.missing], analysis=opened.declared, split=split, recipes=recipes,
+    called = {} if (words := opened.churches.called)==CHURCH else dict(called=[*words])
+    return dict(study=asdict(opened.study), **called, metric=metric, missing=[*opened.missing], analysis=opened.declared, split=split, recipes=recipes,
                 **_photographs(opened, metric),
                 copies=[f'{r.image} (of {r.copy_of})' for r in copies.itertuples()], problems=[f'{r.image}: {r.problem}' for r in problems.itertuples()],
                 versions=_distinct(runs.versions), processors=_distinct(runs.processor))
@@ -275,7 +276,8 @@ def analyse(
     columns = _write_tables(folder, frames)
     if found: write_examples(folder/'examples.safetensors', found)
     else: (folder/'examples.safetensors').unlink(missing_ok=True)
-    about = {k:asdict(ABOUT[k])|dict(n=Table(ABOUT[k], f).n, caption=Table(ABOUT[k], f).caption, columns=columns[k]) for k,f in frames.items()}
+    say = lambda text: reworded(text, opened.churches.called)
+    about = {k:asdict(ABOUT[k])|dict(n=say((t := Table(ABOUT[k], f)).n), caption=say(t.caption), columns=columns[k]) for k,f in frames.items()}
     write_json(folder/'tables.json', dict(facts=study_facts(opened, metric)|dict(why=why), tables=about))
     return read_tables(folder)
 

@@ -15,6 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from ..attention.plots import price_plot
+from ..data.churches import CHURCH, reworded
 from ..data.download import load_churches
 from ..data.files import write_file
 from ..stats.shift import readable_table
@@ -180,7 +181,7 @@ def result_text(
     if 'verdicts' in analysis: parts.append('\n'.join(analysis['verdicts'].sentence))
     for name,(title,columns) in more.items():
         if name in analysis: parts.append(f'{title}:\n'+analysis[name][columns].round(4).to_string(index=False, na_rep=''))
-    return '\n\n'.join([*parts, analysis_text(analysis.facts.get('analysis'))])
+    return reworded('\n\n'.join([*parts, analysis_text(analysis.facts.get('analysis'))]), analysis.facts.get('called', CHURCH))
 
 # %% ../../nbs/06l_report.ipynb #4a427fb1
 def _recipes(recipes): return _html(pd.DataFrame(recipes).astype(object).fillna('').rename_axis('field'))
@@ -201,6 +202,7 @@ def write_report(
     "Write a study's report as one HTML file."
     template = files('ssl_wikichurches').joinpath('templates/report.html').read_text(encoding='utf-8')
     html = Environment(autoescape=True).from_string(template).render(**analysis.facts, **_page(analysis))
+    html = reworded(html, analysis.facts.get('called', CHURCH))
     return write_file(path or analysis.path.parent/'report.html', lambda p: p.write_text(html, encoding='utf-8'))
 
 # %% ../../nbs/06l_report.ipynb #8a75bdb6

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..data.files import (LOCK, available_cores, is_full, one_writer, read_tensors, worker_pool, write_file, write_json,
                                          write_tensors, writer_of)
 from ..backbones.encoders import Backbone, load_backbone
-from ..data.churches import ChurchDataset, Churches, box_mask, eval_transform
+from ..data.churches import ChurchDataset, Churches, box_mask, eval_transform, speaking_of
 from ..finetune.controls import tied_to_style
 from ..finetune.devices import Team, launch
 from ..finetune.lora import merge_adapters
@@ -180,7 +180,8 @@ def score_moments(
     "Write what the looks at a training score by every metric: image, step, metric, value."
     tensors,texts = read_tensors(folder/f'{MOMENTS}.safetensors')
     scores = score_maps(tensors['maps'].transpose(0,1)[:,None], boxes, json.loads(texts['images']), size, [*groups]) # looks in the place of heads
-    scores = scores[scores['head']!='mean'].assign(step=lambda d: tensors['steps'][d['head'].astype(int).to_numpy()].numpy())
+    scores,steps = scores[scores['head']!='mean'],tensors['steps'].numpy()
+    scores = scores.assign(step=steps[[*map(int, scores['head'])]])
     write_file(folder/f'{MOMENTS}.parquet', lambda p: write_by_metric(p, scores[['image','step','metric','value']]))
 
 def _store_moments(folder, moments, watch):
@@ -399,7 +400,7 @@ def _prepare(study, root, progress):
     "All that the runs share, as files; the runs. Several processes may start a study: one after the other they find it prepared."
     churches = load_churches(study.data, study.on_error)
     root.mkdir(parents=True, exist_ok=True)
-    with one_writer(root, sign=False):
+    with one_writer(root, sign=False), speaking_of(churches.called):
         write_file(root/'problems.csv', lambda p: churches.problems.to_csv(p, index=False))
         split = _study_split(study, root, churches, progress)
         write_file(root/'images.csv', lambda p: pd.DataFrame(dict(image=split.eval, church=churches.groups(split.eval))).to_csv(p, index=False))
