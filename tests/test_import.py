@@ -1,5 +1,5 @@
 "Annotated photographs of other collections: every box and mask, after every geometry, against an oracle that knows no code of ours."
-import json
+import json, re
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
@@ -212,3 +212,26 @@ def test_some_groups_keep_their_boxes_and_the_others_train(photos, tmp_path):
     churches = load_churches(write_dataset(kept, tmp_path/'made'))
     split = make_split(churches, val=.3)
     assert split.train and not {*churches.groups(split.train)}&{*churches.groups(split.eval)}
+
+def test_tree_crowns_through_import_study_and_report(tmp_path, few_questions):
+    "Real photographs of another kind: crowns in aerial photographs (tests/crowns/README.md)."
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+    from ssl_wikichurches.study.analysis import analyse
+    from ssl_wikichurches.study.plan import Study
+    from ssl_wikichurches.study.reader import open_study
+    from ssl_wikichurches.study.report import result_text, write_report
+    from ssl_wikichurches.study.runs import run_study
+    folder = import_dataset(Path(__file__).parent/'crowns', tmp_path/'crowns', labels='folder', called=('tile','tiles'), keep=.5)
+    churches = load_churches(folder)
+    assert churches.class_names==('plain','slope') and churches.parts.name.tolist()==['Tree'] and churches.images.annotated.sum()==14 and churches.called==('tile','tiles')
+    study = Study('crowns', data=str(folder), models=('tiny-clip',), tiers=('lora',), size=64, val=.3, measure='every_epoch', recipes=dict(lora=dict(epochs=2, lr=1e-3)))
+    with ThreadPoolExecutor(1) as pool: opened = open_study(run_study(study, tmp_path, pool, device='cpu', progress=False))
+    analysis = analyse(opened)
+    text,html = result_text(analysis),write_report(analysis).read_text()
+    assert 'over 14 tiles' in text and 'church' not in text.lower()
+    said = re.sub(r'src="[^"]*"|<style.*?</style>', '', html, flags=re.S)
+    assert '14 held-out images of 14 tiles' in ' '.join(said.split()) and 'When it moves' in said
+    assert not re.search(r'\bchurch(es)?\b(?!\.json)', said, re.I), re.search(r'.{40}\bchurch.{40}', said, re.I|re.S)
+    caption = json.loads((opened.path/'tables/tables.json').read_text())['tables']['when']
+    assert caption['n']=='14 tiles' and analysis['turns'].looks.tolist()==[3]
