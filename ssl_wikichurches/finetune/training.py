@@ -46,7 +46,7 @@ def moments(
 @dataclass(frozen=True)
 class Recipe:
     "What every tier needs to know; a tier's recipe extends it."
-    epochs:int=20
+    epochs:int=20 # passes over the training photographs
     batch:int=32 # images per step
     lr:float=1e-4 # peak learning rate of the classifier
     weight_decay:float=.01 # AdamW, decoupled
@@ -259,7 +259,7 @@ def predict(
 class Loaders(NamedTuple):
     "What a training is fed."
     train:DataLoader # with a generator of its own
-    val:DataLoader
+    val:DataLoader # in a fixed order, unaugmented
     weight:torch.Tensor # (classes,) weights of the loss
     names:tuple # of the classes
     watch:object=None # called with the model in training at the recipe's `moments`, gives maps (n, g, g); None: nothing can be measured
@@ -486,8 +486,8 @@ def train(
 @dataclass(frozen=True)
 class Fitted:
     "A fine-tuned model, ready to be measured: adapters are merged, everything is in evaluation mode."
-    backbone:nn.Module
-    classifier:nn.Linear
+    backbone:nn.Module # the encoder, fine-tuned
+    classifier:nn.Linear # from its feature to the classes
     names:tuple # of its classes
     history:pd.DataFrame # of `train`
     state:dict # name -> tensor: what was trained, for a safetensors file
@@ -570,10 +570,10 @@ def check_tensors(
 @dataclass(frozen=True)
 class TrainData:
     "Photographs, split and input geometry of a training."
-    churches:Churches
-    split:Split
+    churches:Churches # photographs, styles and boxes
+    split:Split # which of them train, validate and are measured
     size:int # side of the input, in pixels
-    geometry:str='squash'
+    geometry:str='squash' # see `eval_transform`
     workers:int=0 # processes that decode photographs
     classes:pd.Series=None # class by image file name, to be learned in place of the styles: of a control
     names:tuple=() # of the classes; none: those of the churches

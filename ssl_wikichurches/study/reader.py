@@ -210,6 +210,11 @@ def has(self:OpenStudy, run:str, file:str)->bool:
     return (self.path/run/file).is_file()
 
 @patch
+def own_start(self:OpenStudy, run:str)->bool:
+    "Whether a run began with another network than its model's frozen one, and holds what that scored."
+    return self.has(run, 'start.parquet')
+
+@patch
 def maps(self:OpenStudy, run:str, start:bool=False)->StoredMaps:
     "All that is stored of a run's attention; or that of the network it started from."
     return load_maps(self.path/run/('start.safetensors' if start else 'maps.safetensors'))
@@ -305,9 +310,10 @@ def read_means(self:OpenStudy,
     return known
 
 @patch
-def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False)->Cells:
-    "Every block and head of a run by one metric."
-    if (found := _read_cells(self.path/run/'metrics.parquet', metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
+def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False, start:bool=False)->Cells:
+    "Every block and head of a run by one metric; or of the network that it started from."
+    path = self.path/run/('start.parquet' if start else 'metrics.parquet')
+    if (found := _read_cells(path, metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
     return found
 
 # %% ../../nbs/06c_reader.ipynb #00a872a3
@@ -373,7 +379,7 @@ def scores(self:OpenStudy,
     if kind not in ('plain','control'):
         raise ValueError(f"kind is {kind!r}: expected 'plain' or 'control'; runs that used boxes are measured by folds, see `supervised_scores`")
     read = lambda r, start=False: self.values(r.name, metric, block, head, start=start)
-    start = lambda r: read(r, True) if kind=='control' and self.has(r.name, 'start.parquet') else None
+    start = lambda r: read(r, True) if kind=='control' and self.own_start(r.name) else None
     return self.keep(('scores',metric,block,head,kind), lambda: beside_frozen(self, read, kind, start)).copy(deep=False)
 
 @patch
