@@ -37,6 +37,7 @@ class Shown:
     runs:tuple # pairs of a run's name and the images that are taken from it; None: all
     start:bool=False # of the network that the run started from
 
+# %% ../../nbs/06v_explorer.ipynb #8eb88e7e
 def _entries(opened):
     rows = [Shown(m, FROZEN, 0, None, ((name,None),)) for m,name in opened.frozen.items()]
     first,own = {r.model:i for i,r in enumerate(rows)},[]
@@ -50,6 +51,7 @@ def _entries(opened):
     folds = supervised_runs(opened).groupby(['model','tier','seed'], sort=False) if len(opened.of_kind('supervised')) else ()
     return (*rows, *(Shown(*key, first[key[0]], tuple((r.name,tuple(r.held_out)) for r in g.itertuples())) for key,g in folds if key[0] in first))
 
+# %% ../../nbs/06v_explorer.ipynb #1a50cfef
 def explorer_entries(
     opened:OpenStudy,
 )->tuple: # of `Shown`; the frozen runs first
@@ -67,6 +69,7 @@ def pack_numbers(
     flat = np.ascontiguousarray(numbers).astype(f'<u{width}').view(np.uint8).reshape(-1, width)
     return zlib.compress(flat.T.tobytes(), 9)
 
+# %% ../../nbs/06v_explorer.ipynb #cf44e7f8
 def unpack_numbers(
     data:bytes, # of `pack_numbers`
     width:int, # bytes of a number, 2 or 4
@@ -108,6 +111,7 @@ def _row_of(read, entry, images):
     if lost := [n for n in images if n not in rows]: raise ValueError(f"{entry.runs[0][0]} measured other images than the frozen run of its model, such as not {lost[0]}")
     return [rows[n] for n in images]
 
+# %% ../../nbs/06v_explorer.ipynb #1f1991e8
 def _maps(opened, i):
     "(n, L, H, g, g) of an entry, in the order of its model's photographs; the last two that were asked for are kept."
     entry,kept = explorer_entries(opened)[i],opened.keep('explorer maps', dict)
@@ -135,6 +139,7 @@ def _jpeg(opened, name, side):
     to_pil_image(image).save(data := io.BytesIO(), 'JPEG', quality=82, optimize=True)
     return data.getvalue()
 
+# %% ../../nbs/06v_explorer.ipynb #70cf90be
 def explorer_file(
     opened:OpenStudy,
     name:str, # 'photo3.jpg', 'run2.hits', 'run2.mean11' or 'run2.heads11': of photograph 3, entry 2, block 11
@@ -161,6 +166,7 @@ def _models(opened):
                     photos=[names.index(n) for n in opened.photographs(e.model).names])
     return {e.model:one(i, e) for i,e in enumerate(entries) if e.tier==FROZEN}
 
+# %% ../../nbs/06v_explorer.ipynb #46175e4d
 def _boxes(opened):
     "Side of the input -> for each photograph corners and part of its boxes."
     out = {}
@@ -170,6 +176,7 @@ def _boxes(opened):
         out.setdefault(seen.size, {}).update(of)
     return {s:[of.get(n, []) for n in _photographs(opened)] for s,of in out.items()}
 
+# %% ../../nbs/06v_explorer.ipynb #5f9772aa
 def _about(opened, boxes):
     "What is said of each photograph."
     c,names = opened.churches,_photographs(opened)
@@ -212,6 +219,7 @@ def _steps(opened):
         for i,b,last in blocks: names.setdefault(step_of(b, last), []).append(f'run{i}.{what}{b}')
     return {k:names[k] for k in STEPS if k in names}
 
+# %% ../../nbs/06v_explorer.ipynb #2e3fefcb
 def _made(opened, names, side, known, same):
     "Name and bytes of each file; of those that are equal, the first. `known`: mark -> name, `same`: name -> name of its equal, both filled here."
     for name in names:
@@ -230,6 +238,7 @@ def _least(opened, names):
         total += len(m['photos'])*m['grid']**2*(m['heads'] if what.startswith('heads') else 1)
     return total/2
 
+# %% ../../nbs/06v_explorer.ipynb #df20bd52
 def explorer_files(
     opened:OpenStudy,
     limit:float=LIMIT, # of the page, in megabytes; the first of `STEPS` is taken whatever its size
@@ -246,6 +255,7 @@ def explorer_files(
         found |= new; known = marks; study['same'] |= same; taken.append(step)
     return _said(study, taken),found
 
+# %% ../../nbs/06v_explorer.ipynb #d89af688
 def _said(study, taken):
     "The study, and in words what of its maps is there."
     there,out = ('; '.join(t for k,t in STEPS.items() if (k in taken)==want) for want in (True,False))
@@ -269,6 +279,7 @@ class Written(NamedTuple):
     size:int # bytes, of all files
     holds:str # which maps it has, in words
 
+# %% ../../nbs/06v_explorer.ipynb #4a593f2d
 def write_explorer(
     opened:OpenStudy,
     path:str|os.PathLike=None, # HTML file; None: explorer.html in the study's folder
@@ -280,6 +291,7 @@ def write_explorer(
     path = write_file(path or opened.path/'explorer.html', lambda p: p.write_text(html, encoding='utf-8'))
     return Written(path, path.stat().st_size, found[0]['holds'])
 
+# %% ../../nbs/06v_explorer.ipynb #97f5d5d9
 def write_explorer_folder(
     opened:OpenStudy,
     folder:str|os.PathLike=None, # gets index.html and data/; None: explorer/ in the study's folder
