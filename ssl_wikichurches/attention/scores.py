@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMPANIONS', 'BYTES_PER_PIXEL', 'ScoreOptions', 'once', 'ImageMaps', 'BoxTarget', 'Comparison', 'Metric',
-           'metric_names', 'find_metric', 'higher_is_better', 'score_maps', 'read_maps', 'read_boxes', 'image_iou']
+           'metric_names', 'find_metric', 'higher_is_better', 'gain_sign', 'score_maps', 'read_maps', 'read_boxes',
+           'image_iou']
 
 # %% ../../nbs/02e_scores.ipynb #eb8569df
 import os
@@ -260,6 +261,12 @@ def higher_is_better(
 )->bool:
     "Whether a higher score means better agreement."
     return find_metric(metric).better=='higher'
+
+def gain_sign(
+    metric:str, # full name
+)->int: # 1, or -1 where a lower score means better agreement
+    "What turns a change of a metric into a gain."
+    return 1 if higher_is_better(metric) else -1
 
 # %% ../../nbs/02e_scores.ipynb #aae3b366
 COMPANIONS = (PRIMARY, *(name for m in METRICS.values() if m.companion for name in m.named(ScoreOptions())))
