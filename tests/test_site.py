@@ -23,19 +23,25 @@ def wrong_navigation(site):
     items = [i for item in site['navbar']['left']+site['navbar']['right'] for i in (item['menu'] if 'menu' in item else [item])]
     for href in (i['href'] for i in items if not i['href'].startswith('http')):
         page,_,anchor = href.partition('#')
+        if anchor and page.endswith('.ipynb'): wrong.append(href) # Quarto finds no notebook of such a name
+        page = page.replace('index.html', 'index.ipynb')
         if not (NBS/page).is_file() or anchor and anchor not in anchors((NBS/page).read_text() if page.endswith('.qmd') else md_of(NBS/page)): wrong.append(href)
     return wrong+['order of reading']*(listed[:9]!=['index.ipynb',*(f'{n}.ipynb' for n in LINE)])
 
 def test_navigation_lists_every_notebook_once():
     assert not wrong_navigation(yaml.safe_load((NBS/'_quarto.yml').read_text())['website'])
 
+def test_the_front_page_leads_to_every_notebook():
+    text = md_of(NBS/'index.ipynb')
+    assert not (lost:=[p.name for p in NOTEBOOKS if f']({p.name}' not in text and p.stem!='index']), f'no link to {lost} on the front page'
+
 def test_a_wrong_navigation_would_be_found():
     site = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']
     line = site['sidebar']['contents'][1]['contents']
     line.append(line.pop(0))
     site['sidebar']['contents'][2]['contents'].remove('00A_files.ipynb')
-    site['navbar']['left'][1]['menu'][0]['href'] = 'index.ipynb#nowhere'
-    assert wrong_navigation(site)==['00A_files.ipynb', 'index.ipynb#nowhere', 'order of reading']
+    site['navbar']['left'][1]['menu'][0]['href'] = 'index.html#nowhere'
+    assert wrong_navigation(site)==['00A_files.ipynb', 'index.html#nowhere', 'order of reading']
 
 def test_files_of_the_configuration():
     assert not (NBS/'_quarto.yml').is_symlink() and not (ROOT/'_quarto.yml').exists() # a symlink is a text file in a checkout on Windows

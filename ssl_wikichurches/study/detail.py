@@ -14,6 +14,7 @@ import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from scipy import stats
 from statsmodels.formula.api import ols
+from ..backbones.registry import MAP_KINDS
 from ..data.churches import STYLES, ChurchDataset, Churches, box_mask, eval_transform
 from ..stats.families import benjamini_hochberg, max_t, split_half_heads
 from ..stats.seeds import crossed_bootstrap, moderation
@@ -195,11 +196,11 @@ def part_table(
 # %% ../../nbs/06i_detail.ipynb #6ea038a6
 def tuned_pairs(
     opened:OpenStudy,
-)->pd.DataFrame: # model, tier, seeds, reader ('class token' or 'pooling head')
+)->pd.DataFrame: # model, tier, seeds, reader (whose attention its maps show, of `MAP_KINDS`)
     "Every model and tier with a shift to explain: fine-tuned, complete, beside a frozen run, and not linear."
     runs = opened.of_kind()
     tuned = runs[runs.model.isin(runs.model[runs.tier==FROZEN])&~runs.tier.isin((FROZEN,LINEAR))]
-    rows = [dict(model=m, tier=t, seeds=g.seed.nunique(), reader='pooling head' if g.spec.iloc[0]['pooling']=='head' else 'class token')
+    rows = [dict(model=m, tier=t, seeds=g.seed.nunique(), reader=MAP_KINDS[g.spec.iloc[0]['pooling']])
             for (m,t),g in in_order(tuned.groupby(['model','tier'], sort=False))]
     return pd.DataFrame(rows, columns=['model','tier','seeds','reader'])
 
@@ -207,12 +208,14 @@ def block_table(
     opened:OpenStudy,
     metric:str=PRIMARY,
 )->pd.DataFrame: # model, tier, reader, block, n (churches), seeds, unit, before, after, shift, t, p, p_max_t, p_step_down, note; may be empty
-    "The shift of every block, mean over heads; p corrected over the blocks of a model and tier by the largest |t|."
+    "The shift of every block, mean over heads; p corrected over the blocks of a model, tier and kind of map by the largest |t|."
     parts = []
-    for r in tuned_pairs(opened).itertuples():
-        b,a = (d.xs('mean', axis=1, level='head') for d in opened.church_cells(r.model, r.tier, metric))
+    def add(r, reader, b, a):
         t = max_t(a-b).rename(columns=dict(estimate='shift'))
-        parts.append(t.assign(model=r.model, tier=r.tier, reader=r.reader, seeds=r.seeds, unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy()))
+        parts.append(t.assign(model=r.model, tier=r.tier, reader=reader, seeds=r.seeds, unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy()))
+    for r in tuned_pairs(opened).itertuples():
+        add(r, r.reader, *(d.xs('mean', axis=1, level='head') for d in opened.church_cells(r.model, r.tier, metric)))
+        if r.reader==MAP_KINDS['head']: add(r, MAP_KINDS['mean'], *opened.received_cells(r.model, r.tier, metric))
     columns = ['model','tier','reader','block','n','seeds','unit','before','after','shift','t','p','p_max_t','p_step_down','note']
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 

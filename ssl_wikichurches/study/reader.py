@@ -19,16 +19,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from ..attention.maps import FORMAT, StoredMaps, load_maps
 from ..attention.metrics import PRIMARY
+from ..attention.scores import score_maps
 from ..backbones.encoders import load_backbone
 from ..backbones.forgetting import RunFeatures, load_features
 from ..data.churches import ChurchDataset, Churches, box_mask, church_id, eval_transform
 from ..data.download import load_churches
-from ..data.files import available_cores
+from ..data.files import available_cores, read_tensors
 from ..data.splits import Split, class_labels, load_split
 from ..finetune.training import load_classifier
 from ..finetune.tiers import FROZEN, tier_method
 from .plan import ANALYSIS, Run, Study, as_study, study_runs
-from .runs import store_scores
+from .runs import score_moments, store_scores
 
 # %% ../../nbs/06c_reader.ipynb #3dc72733
 RUN_KINDS = ('plain','supervised','control','all')
@@ -250,6 +251,29 @@ def declared(self:OpenStudy)->dict: # as `freeze_analysis` gives; empty in folde
     "The analysis as it was declared, when, and what was changed since."
     return json.loads(path.read_text()) if (path := self.path/ANALYSIS).is_file() else {}
 
+# %% ../../nbs/06c_reader.ipynb #f35daa99
+@patch
+def moments(self:OpenStudy, run:str)->pd.DataFrame: # by step: epoch, train_loss, val_..., seconds; empty where nobody looked
+    "The looks at a training."
+    path = self.path/run/'moments.csv'
+    return pd.read_csv(path, index_col=0) if path.is_file() else pd.DataFrame(index=pd.Index([], name='step'))
+
+@patch
+def moment_scores(self:OpenStudy, run:str, metric:str=PRIMARY)->pd.DataFrame: # a row per image, a column per step
+    "What the looks at a training score: last block, mean over heads."
+    table = pq.read_table(self.path/run/'moments.parquet', columns=['image','step','value'], filters=[('metric','==',metric)]).to_pandas()
+    if table.empty: raise ValueError(f"{run} has no scores of its looks for metric {metric!r}")
+    return table.pivot(index='image', columns='step', values='value').dropna()
+
+@patch
+def moment_maps(self:OpenStudy, run:str)->tuple: # steps; (steps, n, g, g) float32, of the images of `photographs`
+    "The maps of the last block at the looks, mean over heads."
+    tensors,texts = read_tensors(self.path/run/'moments.safetensors')
+    model = self.keep('model of', lambda: dict(zip(self.runs.name, self.runs.model)))[run]
+    if tuple(json.loads(texts['images']))!=self.photographs(model).names:
+        raise ValueError(f"{run} was looked at on other images than the frozen run of its model, or in another order")
+    return tensors['steps'].tolist(),tensors['maps']
+
 # %% ../../nbs/06c_reader.ipynb #21801e68
 @patch(as_prop=True)
 def churches(self:OpenStudy)->Churches:
@@ -401,6 +425,26 @@ def church_cells(self:OpenStudy,
     "Every block's and head's scores, averaged over seeds and then over the images of a church."
     return self.keep(('church cells',model,tier,metric), lambda: _church_cells(self, model, tier, metric))
 
+# %% ../../nbs/06c_reader.ipynb #46d921f2
+def _received_by_church(opened, model, names, metric):
+    seen,tables = opened.photographs(model),[]
+    for name in names:
+        maps = opened.maps(name).received.mean(2, keepdim=True)
+        t = score_maps(maps, seen.boxes, [*seen.names], seen.size, [*seen.groups], only=[metric]).query("head=='mean' and metric==@metric")
+        tables.append(t.pivot(index='image', columns='block', values='value'))
+    mean = sum(tables)/len(tables)
+    return mean.groupby(opened.groups(mean.index)).mean().rename_axis('church')
+
+@patch
+def received_cells(self:OpenStudy,
+    model:str, # with a pooling head
+    tier:str,
+    metric:str=PRIMARY,
+)->tuple: # before, after: a row per church, a column per block
+    "Scores of what patches receive in each block, mean over heads, averaged over seeds and then over the images of a church."
+    names = [*self.of_kind().query('model==@model and tier==@tier').name]
+    return tuple(self.keep(('received',*runs,metric), lambda: _received_by_church(self, model, runs, metric)) for runs in ([self.frozen[model]], names))
+
 # %% ../../nbs/06c_reader.ipynb #36717e7a
 def _slice(path, block):
     "Images, and the maps (n, g, g) of one block, mean over heads."
@@ -470,6 +514,7 @@ def rescore(
         seen = opened.photographs(r.model)
         store_scores(opened.path/r.name, _same_images(opened, r), seen.boxes, seen.groups)
         if opened.has(r.name, 'start.safetensors'): store_scores(opened.path/r.name, _same_images(opened, r, True), seen.boxes, seen.groups, 'start')
+        if opened.has(r.name, 'moments.safetensors') and opened.moment_maps(r.name): score_moments(opened.path/r.name, seen.boxes, seen.groups, seen.size)
     return [*runs.name]
 
 # %% ../../nbs/06c_reader.ipynb #4795d950
