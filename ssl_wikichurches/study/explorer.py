@@ -40,7 +40,7 @@ class Shown:
 # %% ../../nbs/06v_explorer.ipynb #8eb88e7e
 def _entries(opened):
     rows = [Shown(m, FROZEN, 0, None, ((name,None),)) for m,name in opened.frozen.items()]
-    first,own = {r.model:i for i,r in enumerate(rows)},[]
+    first = {r.model:i for i,r in enumerate(rows)}
     for r in opened.of_kind('all').itertuples():
         if r.kind=='supervised' or r.tier==FROZEN or r.model not in first: continue
         before = first[r.model]
