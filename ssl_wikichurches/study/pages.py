@@ -6,14 +6,14 @@
 __all__ = ['USUAL', 'LEGEND', 'signature_text', 'say_usual', 'imported_names', 'name_link', 'link_names', 'read_references',
            'cite', 'entry', 'all_entries', 'fold_of', 'honest_p', 'with_legend', 'Pages']
 
-# %% ../../nbs/06x_pages.ipynb #29342beb
+# %% ../../nbs/06x_pages.ipynb #bb6f90bd
 import ast, importlib, re, tokenize
 from functools import lru_cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 
-# %% ../../nbs/06x_pages.ipynb #95401f8b
+# %% ../../nbs/06x_pages.ipynb #9db8ccf9
 def _comments(code): return {t.start[0]:t.string for t in tokenize.generate_tokens(StringIO(code).readline) if t.type==tokenize.COMMENT}
 
 def _head(lines, node, comments):
@@ -25,7 +25,7 @@ def _head(lines, node, comments):
     if body.lineno==node.lineno and body.end_lineno in comments: text += f' {comments[body.end_lineno]}'
     return text
 
-# %% ../../nbs/06x_pages.ipynb #97584ab2
+# %% ../../nbs/06x_pages.ipynb #483d17ee
 def _public(node): return not node.name.startswith('_') or node.name in ('__init__','__call__','__enter__')
 
 def _members(lines, node, comments):
@@ -48,7 +48,7 @@ def signature_text(
     for kind,text in _members(lines, node, comments): (fields if kind=='field' else methods).append(text)
     return '\n'.join([_head(lines, node, comments), *fields, *([''] if fields and methods else []), *methods])
 
-# %% ../../nbs/06x_pages.ipynb #7a345271
+# %% ../../nbs/06x_pages.ipynb #825cb3eb
 USUAL = dict(
     seed='whole number: what is drawn depends on it alone', generator='of random numbers', rng='of random numbers',
     device='of torch: cpu, cuda, mps; None: a GPU if there is one',
@@ -68,7 +68,7 @@ def say_usual(
     def said(m): return f'{m[0]} # {text}' if (text:=USUAL.get(m[2]+(m[3] or ''), USUAL.get(m[2]))) else m[0]
     return re.sub(r'^( +)(\w+)(:[\w.|]+)?(=[^,#\n]+)?,$', said, shown, flags=re.M)
 
-# %% ../../nbs/06x_pages.ipynb #db3de87e
+# %% ../../nbs/06x_pages.ipynb #918f6219
 _PACKAGE = __name__.partition('.')[0] if __name__!='__main__' else 'ssl_wikichurches'
 
 @lru_cache
@@ -96,7 +96,7 @@ def _by_short():
     for full,(_,file) in _index()[0].items(): out.setdefault(full.removeprefix(file.removesuffix('.py').replace('/','.')+'.'), []).append(full)
     return out
 
-# %% ../../nbs/06x_pages.ipynb #7b353568
+# %% ../../nbs/06x_pages.ipynb #d51867a4
 def imported_names(
     sources:list, # code of cells
 )->dict: # name -> full name, of what is defined in this house
@@ -124,7 +124,7 @@ def name_link(
         full, = _by_short()[name] if len(_by_short().get(name, ()))==1 else ('',)
     return index[full][0] if full in index else ''
 
-# %% ../../nbs/06x_pages.ipynb #0b37cb9e
+# %% ../../nbs/06x_pages.ipynb #8e38b1fa
 _NAME = re.compile(r'(?<!\[)`([A-Za-z_][\w.]*)(?:\(\))?`(?!\])')
 
 def link_names(
@@ -136,7 +136,7 @@ def link_names(
     parts = re.split(r'(^```.*?^```|^#.*?$|^    .*?$)', text, flags=re.M|re.S)
     return ''.join(p if i%2 else _NAME.sub(linked, p) for i,p in enumerate(parts))
 
-# %% ../../nbs/06x_pages.ipynb #5ae9446c
+# %% ../../nbs/06x_pages.ipynb #5932d93e
 def read_references(
     path:str|Path, # of a BibTeX file
 )->dict: # key by address, and by (surname of the first author, year) where there is one
@@ -149,7 +149,7 @@ def read_references(
         people.setdefault((of['author'].partition(',')[0], of['year']), []).append(key)
     return out|{who:keys[0] for who,keys in people.items() if len(keys)==1}
 
-# %% ../../nbs/06x_pages.ipynb #b5274a0d
+# %% ../../nbs/06x_pages.ipynb #5dd04630
 _WHO = r"([A-Z][\w-]+)(?: (?:et al\.|and colleagues)|,? (?:and|&) [A-Z][\w-]+)*(?:'s)?,? "
 _LINKED = re.compile(r'(\()?\[([^\]\n]*)\]\((https?://[^)\s]+)\)(?(1)(\)?))')
 _NAMED = re.compile(rf'\({_WHO}(\d{{4}})(, [^()]*)?\)|{_WHO}\(?(\d{{4}})\)?')
@@ -168,7 +168,7 @@ def cite(
         return m[0] if not key else f'[@{key}{m[3] or ""}]' if m[1] else f'@{key}'
     return _NAMED.sub(by_name, _LINKED.sub(linked, text))
 
-# %% ../../nbs/06x_pages.ipynb #86af1031
+# %% ../../nbs/06x_pages.ipynb #d7accd48
 def _source_link(full):
     index,settings = _index()
     file,name = index[full][1],full.rpartition('.')[2]
@@ -201,16 +201,17 @@ def entry(
     return '\n\n'.join([f'### {name} {{#{name.lower()} .api}}', *([within] if within else []), f'```python\n{shown}\n```',
                         link_names(cite(_plain(said), papers), scope), f'::: {{.api-links}}\n{" · ".join(at)}\n:::'])
 
-# %% ../../nbs/06x_pages.ipynb #7c24e522
+# %% ../../nbs/06x_pages.ipynb #dba12f64
 def all_entries()->str: # markdown
     "Every public function and class, by module."
-    modules = {}
+    modules,wings = {},('data','backbones','attention','finetune','stats','study','cli')
     for full,(to,file) in sorted(_index()[0].items()):
         name = full.removeprefix(file.removesuffix('.py').replace('/','.')+'.')
         if not re.search(r'(^|\.)_', name) and (name[0].islower() or '.' not in name): modules.setdefault(file, []).append(f'[`{name}`]({to})')
-    return '\n\n'.join(f'**`{f.removesuffix(".py").partition("/")[2].replace("/", ".")}`**: {", ".join(names)}' for f,names in modules.items())
+    def line(file): return f'**`{file.removesuffix(".py").partition("/")[2].replace("/", ".")}`**: {", ".join(modules[file])}'
+    return '\n\n'.join(map(line, sorted(modules, key=lambda f: wings.index(re.split(r'[/.]', f)[1]))))
 
-# %% ../../nbs/06x_pages.ipynb #92c7dc02
+# %% ../../nbs/06x_pages.ipynb #330df46e
 _CHECK = re.compile(r'(assert|test_\w+\(|with expect_fail)')
 
 def _is_check(code):
@@ -231,7 +232,7 @@ def fold_of(
     if 'text/html' in kinds and lines>6: return 'Code of the table'
     return ''
 
-# %% ../../nbs/06x_pages.ipynb #43087e61
+# %% ../../nbs/06x_pages.ipynb #80f003db
 _P = re.compile(r'(^|[\w ,]*_|[\w ]+, )p(_\w+)?$')
 
 def honest_p(
@@ -251,7 +252,7 @@ def honest_p(
         return '<tr>\n'+'\n'.join(cells)+'\n</tr>'
     return head+('<tbody>' if body else '')+re.sub(r'<tr.*?</tr>', row, body, flags=re.S)
 
-# %% ../../nbs/06x_pages.ipynb #c1a99e10
+# %% ../../nbs/06x_pages.ipynb #9edb3ef6
 LEGEND = 'index.html#columns-of-the-tables'
 
 def with_legend(
@@ -261,7 +262,7 @@ def with_legend(
     known = {'p_holm','p_none','p_joint','d_z','d_av','cka','knn_change','shuffled_auroc','not_beyond'}&{*re.findall(r'<th[^>]*>(.*?)</th>', html)}
     return html+(f'\n<p class="legend"><a href="{LEGEND}">What the columns mean</a></p>' if known else '')
 
-# %% ../../nbs/06x_pages.ipynb #a79abc16
+# %% ../../nbs/06x_pages.ipynb #47b5d47a
 _GONE = {'export','exporti','default_exp','hide'}
 
 class Pages:
@@ -281,6 +282,8 @@ class Pages:
     def _prose(self, text):
         parts = re.split(r'(^```.*?^```|`[^`]*`)', text, flags=re.M|re.S)
         text = ''.join(p if i%2 else cite(p, self.papers) for i,p in enumerate(parts))
+        own = {n.lower() for n in self.scope} # a name is the anchor of its entry, and not of a section of that name
+        text = re.sub(r'^(##+ `?(\w+)`?) *$', lambda m: f'{m[1]} {{#about-{m[2].lower()}}}' if m[2].lower() in own else m[0], text, flags=re.M)
         return link_names(text.replace('::: {#all-entries}\n', f'::: {{#all-entries}}\n{all_entries()}\n'), self.scope)
 
     def _code(self, cell):
