@@ -113,8 +113,9 @@ DETAIL = (
     About('parts', 'The shift by kind of building part', 'recall among the top 10 % of the pixels; blind choice has .1', f'{BOTH}, each row by itself', BH,
           'A kind unites its boxes in an image. Recalls of different kinds share one top 10 %: what one gains, another or the background loses.'),
     About('blocks', 'The shift of every block', 'the metric, mean over heads', '',
-          'sign flips of churches, seeds taken as given; p_step_down is corrected over the blocks of a model and tier by the largest |t|',
-          'Models are separate families, and the last block is the one that the headline tests.'),
+          'sign flips of churches, seeds taken as given; p_step_down is corrected over the blocks of a model, tier and kind of map by the largest |t|',
+          'Models and kinds of map are separate families, and the last block is the one that the headline tests. A pooling head has one map, the headline\'s; '
+          'its blocks are read by what patches receive (reader: received), which is another kind of map.'),
     About('best_blocks', 'From the best frozen block to the best tuned one', 'the metric, mean over heads', 'none: divisions overlap', '',
           'A shift of the last block can be agreement that moved there from another block. Both blocks are chosen on half of the churches and read on the other half '
           '(means over divisions). last_to_last is the headline\'s shift. A model with a pooling head has one map.'))

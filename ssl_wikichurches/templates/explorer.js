@@ -484,7 +484,7 @@ class Explorer {
       const focused = this.focused()
       this.list.replaceChildren(...all.map(({i, p, gain, before, after}) => h('li', {}, h('button', {type: 'button', 'data-item': i, title: p.title,
         'aria-label': `${p.title}, ${p.styles.join(' and ')}: ${signed(gain)} (${plain(before)} before, ${plain(after)} after)`, onclick: () => this.set({photo: p.name})},
-        h('img', {alt: '', 'data-photo': i, style: `aspect-ratio:${p.aspect}`}), h('span', {}, signed(gain, 3))))))
+        h('img', {alt: '', 'data-photo': i, style: `aspect-ratio:${p.aspect};width:min(100%, ${88*p.aspect}px)`}), h('span', {}, signed(gain, 3))))))
       this.list.querySelectorAll('img').forEach(e => this.eyes.observe(e))
       this.refocus(focused)
       this.tally.textContent = `${all.length} of ${this.study.photos.length} photographs; below each, the change of its IoU at percentile ${this.study.q} in this block and head`
