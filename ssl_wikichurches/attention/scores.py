@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMPANIONS', 'BYTES_PER_PIXEL', 'ScoreOptions', 'once', 'ImageMaps', 'BoxTarget', 'Comparison', 'Metric',
-           'metric_names', 'find_metric', 'higher_is_better', 'score_maps', 'read_maps', 'read_boxes', 'image_iou']
+           'metric_names', 'find_metric', 'higher_is_better', 'gain_sign', 'score_maps', 'read_maps', 'read_boxes',
+           'image_iou']
 
 # %% ../../nbs/02e_scores.ipynb #eb8569df
 import os
@@ -261,6 +262,12 @@ def higher_is_better(
     "Whether a higher score means better agreement."
     return find_metric(metric).better=='higher'
 
+def gain_sign(
+    metric:str, # full name
+)->int: # 1, or -1 where a lower score means better agreement
+    "What turns a change of a metric into a gain."
+    return 1 if higher_is_better(metric) else -1
+
 # %% ../../nbs/02e_scores.ipynb #aae3b366
 COMPANIONS = (PRIMARY, *(name for m in METRICS.values() if m.companion for name in m.named(ScoreOptions())))
 
@@ -345,10 +352,10 @@ def _check_counts(maps, boxes, names, groups, parts):
 
 # %% ../../nbs/02e_scores.ipynb #91598891
 def _check_boxes(names, boxes, parts, size):
-    "The corners of all boxes, if each image has some in view and each box an area in the frame."
+    "The corners of all boxes, with what outlines follow them, if each image has some in view and each box an area in the frame."
     found = [box_corners(b).cpu() for b in boxes]
     for i,(name,b) in enumerate(zip(names, boxes)):
-        if b.ndim!=2 or b.shape[-1]!=4 or not len(b):
+        if b.ndim!=2 or b.shape[-1]<4 or b.shape[-1]%4 or not len(b):
             raise ValueError(f"{name}: boxes are {tuple(b.shape)}: expected (b, 4), at least one; leave out images without a box")
         if parts is not None and len(parts[i])!=len(b):
             raise ValueError(f"{name} has {len(b)} boxes and {len(parts[i])} parts: expected a part for each box")
@@ -356,7 +363,10 @@ def _check_boxes(names, boxes, parts, size):
         if tuple(size_of)!=(size,size):
             raise ValueError(f"{name}: boxes are of a canvas of {tuple(size_of)}: expected ({size}, {size}), the frame; transform them with the image")
     _check_corners(np.repeat(np.array(names, dtype=object), [len(b) for b in found]), np.concatenate([b.numpy() for b in found]), size)
-    return found
+    outlined = [b.shape[-1]>4 for b in boxes]
+    for name,b,more in zip(names, boxes, outlined):
+        if more and not box_mask(b, size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
+    return [b.as_subclass(torch.Tensor).cpu() if more else f for b,f,more in zip(boxes, found, outlined)]
 
 def _check_corners(names, corners, size):
     first,last = corners[:,:2],corners[:,2:] # left and top, right and bottom
@@ -372,8 +382,8 @@ def _check_input(maps, boxes, names, groups, parts, size, only):
     _check_counts(maps, boxes, names, groups, parts)
     for name in only: find_metric(name)
     found = _check_boxes(names, boxes, parts, size)
-    if size>1 and all(0<=b.min() and b.max()<=1 for b in found):
-        raise ValueError(f"all boxes lie within one pixel, as {found[0][0].tolist()} of {names[0]}: are they fractions of the image? "
+    if size>1 and all(0<=b[:,:4].min() and b[:,:4].max()<=1 for b in found):
+        raise ValueError(f"all boxes lie within one pixel, as {found[0][0,:4].tolist()} of {names[0]}: are they fractions of the image? "
                          f"Multiply them by {size}, the side of the frame")
     return found
 

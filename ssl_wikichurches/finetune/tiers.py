@@ -16,7 +16,7 @@ PACKAGE = 'ssl_wikichurches' # names of modules that begin with a dot are looked
 @dataclass(frozen=True)
 class Control:
     "What is changed before a training, which is then the same."
-    name:str
+    name:str # of the control, as a study names it
     change:str # function that changes it: (TrainData, seed) -> TrainData, or (Backbone, seed) -> Backbone
     own_start:bool=False # the backbone is changed, and a shift counts from there; False: the data are changed
     module:str='.finetune.controls' # that holds the function
@@ -41,12 +41,13 @@ CONTROLS = {c.name:c for c in (
 @dataclass(frozen=True)
 class Tier:
     "How one tier trains, how its saved tensors become a backbone again, and what a study must know of it."
-    name:str
+    name:str # as a study names it
     module:str # that holds its recipe and its functions
     recipe_name:str # class of its recipe
     fit_name:str # function (backbone, data, recipe, seed, device, folder) -> Fitted
     restore_name:str='' # function (backbone, recipe, state) -> Backbone; '': that of the tier it is like
     marker:str='^' # in figures
+    color:str='#777777' # in figures that compare tiers, hexadecimal
     like:str='' # tier from whose recipe in a study this one starts; '': from its defaults
     shared:bool=True # several processes can share a training
     stores_all:bool=True # its file holds every weight of the backbone, not only those that were trained
@@ -72,18 +73,19 @@ class Tier:
 FROZEN,LINEAR = 'frozen','linear' # a backbone that was not trained, and the reference: its shift is zero by construction
 
 TIERS = {t.name:t for t in (
-    Tier(LINEAR, '.finetune.linear', 'LinearRecipe', 'fit_linear', 'restore_linear', 's',
+    Tier(LINEAR, '.finetune.linear', 'LinearRecipe', 'fit_linear', 'restore_linear', 's', '#44AA99',
          shared=False, stores_all=False, changes_attention=False),
-    Tier('lora', '.finetune.lora', 'LoraRecipe', 'fit_lora', 'restore_lora', 'o', stores_all=False, adapters=True),
-    Tier('full', '.finetune.full', 'FullRecipe', 'fit_full', 'restore_full', 'D'),
-    Tier('lp_ft', '.finetune.lp_ft', 'LpFtRecipe', 'fit_lp_ft', marker='P', like='full', from_probe=True),
-    Tier('attn_supervised', '.finetune.attn_supervised', 'AttnSupervisedRecipe', 'fit_attn_supervised', marker='*',
+    Tier('lora', '.finetune.lora', 'LoraRecipe', 'fit_lora', 'restore_lora', 'o', '#332288', stores_all=False, adapters=True),
+    Tier('full', '.finetune.full', 'FullRecipe', 'fit_full', 'restore_full', 'D', '#CC6677'),
+    Tier('lp_ft', '.finetune.lp_ft', 'LpFtRecipe', 'fit_lp_ft', marker='P', color='#882255', like='full', from_probe=True),
+    Tier('attn_supervised', '.finetune.attn_supervised', 'AttnSupervisedRecipe', 'fit_attn_supervised', marker='*', color='#117733',
          like='full', shared=False, crossfitted=True),
-    Tier('core_tuning', '.finetune.core_tuning', 'CoreTuningRecipe', 'fit_core_tuning', marker='v', like='full', shared=False),
-    Tier('coin', '.finetune.coin', 'CoinRecipe', 'fit_coin', marker='<', like='full', shared=False),
-    Tier('semi_supervised', '.finetune.semi_supervised', 'SemiSupervisedRecipe', 'fit_semi_supervised', marker='>',
+    Tier('core_tuning', '.finetune.core_tuning', 'CoreTuningRecipe', 'fit_core_tuning', marker='v', color='#999933', like='full',
+         shared=False),
+    Tier('coin', '.finetune.coin', 'CoinRecipe', 'fit_coin', marker='<', color='#AA4499', like='full', shared=False),
+    Tier('semi_supervised', '.finetune.semi_supervised', 'SemiSupervisedRecipe', 'fit_semi_supervised', marker='>', color='#88CCEE',
          like='full', shared=False),
-    Tier('block_expansion', '.finetune.block_expansion', 'BlockExpansionRecipe', 'fit_block_expansion', 'restore_block_expansion', 'X',
+    Tier('block_expansion', '.finetune.block_expansion', 'BlockExpansionRecipe', 'fit_block_expansion', 'restore_block_expansion', 'X', '#DDCC77',
          stores_all=False, own_blocks=True))}
 
 # %% ../../nbs/04f_tiers.ipynb #91ea5900

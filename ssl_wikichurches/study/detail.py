@@ -20,7 +20,7 @@ from ..stats.families import benjamini_hochberg, max_t, split_half_heads
 from ..stats.seeds import crossed_bootstrap, moderation
 from ..stats.shift import by_church, in_family, in_order, paired_shift, score_grids, uncorrected_shifts
 from ..stats.tests import bootstrap_t_interval, sign_flip_p
-from ..attention.scores import COMPANIONS, higher_is_better
+from ..attention.scores import COMPANIONS, gain_sign
 from ..attention.metrics import PRIMARY, coverage, n_kept, shares, upsample
 from ..attention.plots import before_after_strip
 from .blind_baselines import border_scores, frozen_artifacts, masked_scores, top_pixels
@@ -360,7 +360,7 @@ def sensitivity_table(
     parts += [tested(o.scores(d.metric)).assign(choice=f'geometry {o.study.geometry}', metric=d.metric) for o in others]
     parts += [pd.DataFrame(_other_tests(g)).assign(model=m, tier=t, metric=d.metric) for (m,t),g in scores.groupby(['model','tier'], sort=False)]
     table = pd.concat([p for p in parts if len(p)], ignore_index=True)
-    table = table.assign(gain=table['shift']*table.metric.map(lambda m: 1 if higher_is_better(m) else -1))
+    table = table.assign(gain=table['shift']*table.metric.map(gain_sign))
     table['said'] = [_said(r, d.alpha) for r in table.itertuples()]
     declared = table[table.choice=='declared'].set_index(['model','tier']).said
     table['says_the_same'] = [s==declared[m,t] for m,t,s in zip(table.model, table.tier, table.said)]

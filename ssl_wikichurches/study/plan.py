@@ -58,18 +58,19 @@ class Cluster:
 @dataclass(frozen=True)
 class Study:
     "Models x tiers x seeds on one dataset, in one geometry."
-    name:str='study'
+    name:str='study' # of the study and of its folder
     data:str='synthetic' # source for `load_churches`
     models:tuple=('dinov2','dinov3','mae','clip','siglip','siglip2') # names or `alias=source`
     tiers:tuple=('linear','lora','full') # none: only the frozen backbones are measured, and nothing but annotated images is needed
-    seeds:tuple=(0,)
+    seeds:tuple=(0,) # one training each; a recipe is judged with two or more
     labels:str='leaf' # see `class_labels`
     geometry:str='squash' # see `eval_transform`
     size:int=0 # side of the input in pixels; 0: each backbone's own
     val:float=0. # share of the churches for validation; 0: as the labels have it (see `make_split`)
-    split_seed:int=0
+    split_seed:int=0 # of the churches that validate
     on_error:str='raise' # what to do with unreadable photographs: 'raise' or 'skip'
     recipes:dict=field(default_factory=dict) # tier -> {field: value}, where a recipe differs from its defaults (`tier_recipe`)
+    measure:str='' # when attention is looked at while it trains, in all tiers that move it: 'every_epoch', 'log', or steps; '': never (see `moments`)
     analysis:dict=field(default_factory=dict) # fields of `Declaration`, where it differs from its defaults
     cluster:dict=field(default_factory=dict) # fields of `Cluster`, where it differs from its defaults
 
@@ -100,7 +101,8 @@ def tier_recipe(
     method = tier_method(tier)
     if method.control: return tier_recipe(study, method.of)
     names = [n for n in dict.fromkeys((method.like, method.name, tier)) if n in study.recipes]
-    return make_recipe(method.recipe, **{k:v for n in names for k,v in study.recipes[n].items()})
+    said = dict(measure=study.measure) if study.measure and method.changes_attention else {}
+    return make_recipe(method.recipe, **said|{k:v for n in names for k,v in study.recipes[n].items()})
 
 # %% ../../nbs/06a_plan.ipynb #dc7071fc
 def _check_supervised(study, tier):
@@ -133,6 +135,11 @@ def _choices():
     from ssl_wikichurches.data.splits import LABELS
     return dict(labels=LABELS, geometry=GEOMETRIES, on_error=('raise','skip'))
 
+def _check_measure(measure):
+    from ssl_wikichurches.finetune.training import moments
+    if not isinstance(measure, str): raise ValueError(f"measure is {measure!r}: expected a text, such as 'every_epoch'")
+    moments(measure)
+
 # %% ../../nbs/06a_plan.ipynb #06a00018
 def _check_texts(field, values):
     if bad := [v for v in values if not isinstance(v, str)]: raise ValueError(f"{field} has {bad[0]!r}: expected a text")
@@ -144,6 +151,7 @@ def _check_fields(study):
     for t,changes in study.recipes.items():
         if not isinstance(changes, dict): raise ValueError(f"the recipe of {t} is {changes!r}: expected fields with their values, such as epochs = 3")
     if not NAME.fullmatch(study.name): raise ValueError(f"study name {study.name!r} names a folder: use letters, digits, '.', '_' and '-'")
+    if study.measure: _check_measure(study.measure)
     for f in ('labels','geometry','on_error'):
         if getattr(study, f)!=getattr(Study, f) and getattr(study, f) not in (known := _choices()[f]):
             raise ValueError(f"{f} is {getattr(study,f)!r}: expected one of {known}")
@@ -242,9 +250,9 @@ class Run:
     model:str # name in tables and folders
     source:str # argument of `load_backbone`
     tier:str # 'frozen', or a name that `tier_method` knows
-    seed:int
+    seed:int # of the training
     recipe:dict # fields of the tier's recipe; {} for 'frozen'
-    data:str
+    data:str # this and the next four: see `Study`
     labels:str
     geometry:str
     size:int

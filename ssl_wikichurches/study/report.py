@@ -15,6 +15,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from ..attention.plots import price_plot
+from ..data.churches import CHURCH, reworded
 from ..data.download import load_churches
 from ..data.files import write_file
 from ..stats.shift import readable_table
@@ -22,6 +23,7 @@ from .analysis import LEAST, Analysis, read_examples, write_examples
 from .detail import draw_examples
 from .figures import block_plot, forest_plot, grid_plot, ranking_plot, slope_plot
 from .specificity import readable_result
+from .when import when_plot
 
 # %% ../../nbs/06l_report.ipynb #fe4eb5ae
 def _picture(fig, kind, **kwargs): # bytes of a PNG or JPEG file
@@ -85,6 +87,17 @@ def _grids(grids, metric):
     fig.colorbar(images[0], ax=axs, shrink=min(1, 3/sum(tall.values())), aspect=15).set_label(f'shift of {metric}', fontsize=8)
     return fig
 
+# %% ../../nbs/06l_report.ipynb #e5a70d1e
+def _when(table, metric):
+    "A panel for each model and tier that was looked at while it trained, two beside each other."
+    groups = [rows for _,rows in table.groupby(['model','tier'], sort=False)]
+    rows = -(-len(groups)//2)
+    fig = Figure(figsize=(5*min(2,len(groups)), 2.4*rows), dpi=80, layout='constrained')
+    axs = [*fig.subplots(rows, min(2, len(groups)), squeeze=False).flat]
+    for ax,g in zip(axs, groups): when_plot(g, ax, f'shift of {metric}')
+    for ax in axs[len(groups):]: ax.set_axis_off()
+    return fig
+
 # %% ../../nbs/06l_report.ipynb #0d2e75f6
 def _figures(a):
     "name -> picture, of the tables that an analysis has."
@@ -94,6 +107,7 @@ def _figures(a):
     if 'blocks' in a: figures['curves'] = _curves(a['blocks'], metric)
     if 'head_grid' in a: figures['grids'] = _grids(a['head_grid'], metric)
     if 'supervised' in a: figures['price'] = _price(a['supervised'], metric)
+    if 'when' in a: figures['when'] = _when(a['when'], metric)
     return {k:_embed(f) for k,f in figures.items() if f is not None}
 
 def _strips(a):
@@ -127,7 +141,7 @@ def _starred(table, row, columns, value, p):
 # %% ../../nbs/06l_report.ipynb #ad37d711
 DROPPED = dict(controls=['metric'], control_contrasts=['t','df'], tier_contrasts=['unit','t','df','d_z'],
                verdicts=['metric','layout_metric','p','n','seeds','sentence'], supervised=['metric','kind','t'], style_tests=['discovery'], parts=['discovery'],
-               robustness=['gain','discovery']) # columns that a reader does not need
+               robustness=['gain','discovery'], turns=['unit','sentence'], when=['unit']) # columns that a reader does not need
 
 def _html(table, **kwargs): return Markup(table.to_html(border=0, **kwargs))
 
@@ -180,7 +194,7 @@ def result_text(
     if 'verdicts' in analysis: parts.append('\n'.join(analysis['verdicts'].sentence))
     for name,(title,columns) in more.items():
         if name in analysis: parts.append(f'{title}:\n'+analysis[name][columns].round(4).to_string(index=False, na_rep=''))
-    return '\n\n'.join([*parts, analysis_text(analysis.facts.get('analysis'))])
+    return reworded('\n\n'.join([*parts, analysis_text(analysis.facts.get('analysis'))]), analysis.facts.get('called', CHURCH))
 
 # %% ../../nbs/06l_report.ipynb #4a427fb1
 def _recipes(recipes): return _html(pd.DataFrame(recipes).astype(object).fillna('').rename_axis('field'))
@@ -191,6 +205,7 @@ def _page(a):
     said = dict(split_text=', '.join(f'{n} images for {p}' for p,n in facts['split'].items()), recipe_table=_recipes(facts['recipes']),
                 version_lines=[', '.join(f'{k} {v}' for k,v in r.items()) for r in facts['versions']])
     said |= dict(declared=analysis_text(facts.get('analysis')), sentences=[*a['verdicts'].sentence] if 'verdicts' in a else [])
+    said |= dict(when_sentences=[*a['turns'].sentence] if 'turns' in a else [])
     about = dict(captions={k:t.caption for k,t in a.tables.items()}, rows={k:len(t.frame) for k,t in a.tables.items()}, least=LEAST)
     return dict(figures=_figures(a), strips=_strips(a), **_tables(a), **about, **said)
 
@@ -201,12 +216,13 @@ def write_report(
     "Write a study's report as one HTML file."
     template = files('ssl_wikichurches').joinpath('templates/report.html').read_text(encoding='utf-8')
     html = Environment(autoescape=True).from_string(template).render(**analysis.facts, **_page(analysis))
+    html = reworded(html, analysis.facts.get('called', CHURCH))
     return write_file(path or analysis.path.parent/'report.html', lambda p: p.write_text(html, encoding='utf-8'))
 
 # %% ../../nbs/06l_report.ipynb #8a75bdb6
 RESULT_FILES = dict(shift='table', supervised='supervised', supervision_contrasts='contrasts', controls='controls', verdicts='verdicts',
                     tier_contrasts='tier_contrasts', sensitivity='sensitivity',
-                    forgetting='forgetting', frozen='frozen') # table -> name of its file
+                    forgetting='forgetting', frozen='frozen', when='when', turns='turns') # table -> name of its file
 
 def _wanted(analysis):
     "Tables that are kept as result files; what frozen backbones score only where there is nothing else."
