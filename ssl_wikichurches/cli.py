@@ -266,16 +266,16 @@ def wikichurches_explore(
     root:str, # folder of a study
     folder:store_true=False, # write a folder with everything, for a static host, in place of one page
     out:str=None, # HTML file, or that folder; explorer.html or explorer/ in the study's folder where not given
-    limit:float=20, # of the page, in megabytes: what does not fit is left out, and said so
+    limit:float=None, # of the page, in megabytes, what does not fit is left out, and said so; what a mail takes where not given
     debug:store_true=False, # raise errors as they are
 ):
     "Write a page to move through a study's photographs, maps, blocks and heads."
     with plain_errors('wikichurches_explore', debug):
         root = study_folder(root)
-        from ssl_wikichurches.study.explorer import write_explorer, write_explorer_folder
+        from ssl_wikichurches.study.explorer import LIMIT, write_explorer, write_explorer_folder
         from ssl_wikichurches.study.reader import open_study
         opened = open_study(root)
-        written = write_explorer_folder(opened, out) if folder else write_explorer(opened, out, limit)
+        written = write_explorer_folder(opened, out) if folder else write_explorer(opened, out, limit or LIMIT)
         print(f'explorer: {written.path} ({written.size/1e6:.1f} MB). {written.holds}')
 
 # %% ../nbs/07_cli.ipynb #b0abcd43

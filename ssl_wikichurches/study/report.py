@@ -61,8 +61,8 @@ def _ranking(parts):
     return fig
 
 def _curves(blocks, metric):
-    "A panel for each model with more than one block; None without such a model."
-    groups = [(m,g) for m,g in blocks.groupby('model', sort=False) if g.block.nunique()>1]
+    "A panel for each model and kind of map with more than one block; None without such a model."
+    groups = [(f'{m}: {reader}',g) for (m,reader),g in blocks.groupby(['model','reader'], sort=False) if g.block.nunique()>1]
     if not groups: return None
     rows = -(-len(groups)//2)
     fig = Figure(figsize=(5*min(2,len(groups)), 2.3*rows), dpi=80, layout='constrained')
