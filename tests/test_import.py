@@ -1,7 +1,7 @@
 "Annotated photographs of other collections: every box and mask, after every geometry, against an oracle that knows no code of ours."
 import json, re
 import numpy as np, pandas as pd, pytest, torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from pycocotools import mask as coco_mask
 from ssl_wikichurches.attention.scores import score_maps
 from ssl_wikichurches.cli import wikichurches_import
