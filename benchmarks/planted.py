@@ -15,8 +15,8 @@ def rows(model, metrics, seeds, moved, studies):
     of = maps,boxes,names,backbone.spec.size,[*map(church_id, names)]
     for r in detectable_mass(*of, metrics=metrics, seeds=seeds, moved=moved).itertuples():
         for share in (0,r.share):
-            before,after = planted_scores(*of, (share,), (r.metric,), moved, draws=40, seed=1)[r.metric]
-            found = planted_power(before, after[:,0], r.seeds, studies=studies)
+            scores = planted_scores(*of, (0,share), (r.metric,), moved, draws=40, seed=1)[r.metric]
+            found = planted_power(scores[:,0], scores[:,1], r.seeds, studies=studies)
             yield dict(model=model, metric=r.metric, n=r.n, seeds=r.seeds, moved=moved, share=share, promised=r.power if share else .025, found=found)
 
 @call_parse
@@ -27,6 +27,6 @@ def main(
 ):
     "Write the promised and the found power of planted studies."
     torch.set_num_threads(1)
-    table = [r for m in models.split(',') for r in rows(m, ('iou@90','shuffled_auroc'), (1,3), .1, studies)]
+    table = [r for m in models.split(',') for r in rows(m, ('iou@90','shuffled_auroc'), (1,3,5), .1, studies)]
     pd.DataFrame(table).round(6).to_csv(out, index=False)
     print(pd.DataFrame(table).round(4).to_string())

@@ -5,7 +5,7 @@ from urllib.parse import unquote, urlsplit
 
 class HubServer:
     "`with HubServer() as hub:` serves at `hub.base`; the token is `secret`."
-    def __init__(self): self.repos,self.large,self.log = {},{},[] # repo -> {path: bytes}; sha256 -> bytes; (method, path)
+    def __init__(self): self.repos,self.large,self.log,self.gated = {},{},[],set() # repo -> {path: bytes}; sha256 -> bytes; (method, path)
     def __enter__(self):
         self.http = ThreadingHTTPServer(('127.0.0.1',0), type('Handler', (_Handler,), dict(hub=self)))
         self.http.daemon_threads = True
@@ -72,6 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     def tree(self, body, repo, _):
         self.answer([dict(type='file', path=k, size=len(v), oid=hashlib.sha1(v).hexdigest()) for k,v in self.hub.repos[repo].items()])
     def read(self, body, repo, path):
+        if repo in self.hub.gated and self.headers.get('Authorization')!='Bearer secret': return self.answer(b'', 401, X_Error_Code='GatedRepo')
         data = self.hub.repos.get(repo, {}).get(path)
         if data is None: return self.answer(b'', 404, X_Error_Code='EntryNotFound')
         self.answer(data, X_Repo_Commit=self.hub.commit(repo), ETag=f'"{hashlib.sha1(data).hexdigest()}"')

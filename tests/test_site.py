@@ -1,5 +1,5 @@
 "The site up to Quarto, which only warns of what is dead: navigation, links and cross-references."
-import json, os, re, shutil, subprocess, sys
+import ast, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
@@ -12,23 +12,48 @@ def leaves(contents):
         if isinstance(c, str): yield c
         else: yield from leaves(c['contents'])
 
-def test_navigation_lists_every_notebook_once():
-    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']
-    listed = list(leaves(site['sidebar']['contents']))
-    assert sorted(listed)==sorted(p.name for p in NOTEBOOKS)
-    for item in site['navbar']['left']+site['navbar']['right']:
-        assert item['href'].startswith('http') or (NBS/item['href']).exists()
+LINE = ['00_data','01_backbones','02_attention','03_finetune_linear','03_finetune_lora','03_finetune_full','04_attn_supervised','05_iou_stats']
 
-def test_one_quarto_configuration():
-    link = NBS/'_quarto.yml'
-    assert link.is_symlink() and os.readlink(link)=='../_quarto.yml'
-    theme = yaml.safe_load(link.read_text())['format']['html']['theme']
-    assert all((NBS/t).exists() for t in theme if t.endswith('css'))
+def wrong_navigation(site):
+    "Pages that the sidebar lacks or has twice, links of the menus that lead nowhere, and whether reading does not begin with the line through the house."
+    listed = [*leaves(site['sidebar']['contents'])]
+    pages = [p.name for p in NOTEBOOKS]+['references.qmd']
+    wrong = sorted({p for p in listed+pages if listed.count(p)!=1 or p not in pages})
+    items = [i for item in site['navbar']['left']+site['navbar']['right'] for i in (item['menu'] if 'menu' in item else [item])]
+    for href in (i['href'] for i in items if not i['href'].startswith('http')):
+        page,_,anchor = href.partition('#')
+        if not (NBS/page).is_file() or anchor and anchor not in anchors((NBS/page).read_text() if page.endswith('.qmd') else md_of(NBS/page)): wrong.append(href)
+    return wrong+['order of reading']*(listed[:9]!=['index.ipynb',*(f'{n}.ipynb' for n in LINE)])
+
+def test_navigation_lists_every_notebook_once():
+    assert not wrong_navigation(yaml.safe_load((NBS/'_quarto.yml').read_text())['website'])
+
+def test_a_wrong_navigation_would_be_found():
+    site = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']
+    line = site['sidebar']['contents'][1]['contents']
+    line.append(line.pop(0))
+    site['sidebar']['contents'][2]['contents'].remove('00A_files.ipynb')
+    site['navbar']['left'][1]['menu'][0]['href'] = 'index.ipynb#nowhere'
+    assert wrong_navigation(site)==['00A_files.ipynb', 'index.ipynb#nowhere', 'order of reading']
+
+def test_files_of_the_configuration():
+    assert not (NBS/'_quarto.yml').is_symlink() and not (ROOT/'_quarto.yml').exists() # a symlink is a text file in a checkout on Windows
+    site = yaml.safe_load((NBS/'_quarto.yml').read_text())
+    named = [t for themes in site['format']['html']['theme'].values() for t in themes if t.endswith('css')]+[site['bibliography'], site['website']['favicon'], '404.qmd']
+    assert all((NBS/t).is_file() for t in named)
+
+def test_pages_have_the_colors_of_the_figures():
+    from ssl_wikichurches.study.figures import PAGE_COLORS
+    for name,i in (('styles.scss', 0), ('dark.scss', 1)):
+        used = {c.upper() for c in re.findall(r'#[0-9A-Fa-f]{6}', (NBS/name).read_text())}
+        assert used and used<={v[i].upper() for v in PAGE_COLORS.values()}|{'#FFFFFF'}, name
 
 def anchors(text):
     "Ids that Quarto gives to the headings and labels of a page."
     slug = lambda h: re.sub(r'[^\w\s.-]', '', re.sub(r'[`*]', '', h).lower()).strip().replace(' ', '-')
     return {slug(h) for h in re.findall(r'^#+ +(.+?)(?: *\{.*\})?$', text, re.M)} | set(re.findall(r'\{#([\w-]+)', text))
+
+def md_of(path): return '\n\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type']=='markdown')
 
 def pages(folder): # page -> markdown (of cells, and of outputs such as nbdev's entries of functions) and code of it
     out = {}
@@ -68,14 +93,14 @@ def test_a_dead_link_would_be_found(tmp_path):
 def processed(tmp_path_factory):
     "The pages as nbdev hands them to Quarto: made in a copy, with a stand-in for Quarto that notes how it was called."
     home = tmp_path_factory.mktemp('site')
-    for name in ('nbs','ssl_wikichurches','settings.ini','_quarto.yml','README.md','results'):
-        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
+    for name in ('nbs','ssl_wikichurches','settings.ini','README.md'):
+        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints','*.safetensors'))
         else: shutil.copy(ROOT/name, home/name)
     (home/'bin').mkdir()
     (home/'bin/quarto').write_text('#!/bin/sh\necho "$PWD quarto $*" >> "$QUARTO_CALLS"\nmkdir -p _docs\n')
     (home/'bin/quarto').chmod(0o755)
     env = os.environ|dict(PATH=f"{home/'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", QUARTO_CALLS=str(home/'calls'))
-    done = subprocess.run(['nbdev_docs','--n_workers','2'], cwd=home, env=env, capture_output=True, text=True)
+    done = subprocess.run(['nbdev_docs','--n_workers','0'], cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode==0, done.stdout+done.stderr
     return home
 
@@ -85,10 +110,71 @@ def test_nbdev_hands_every_page_to_quarto(processed):
     assert sorted(p.name for p in (processed/'_proc').glob('*.ipynb'))==[p.name for p in NOTEBOOKS]
     made = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())
     assert made['project']['output-dir']=='_docs' and made['website']['title']=='ssl_wikichurches'
-    assert yaml.safe_load((processed/'_proc'/'_quarto.yml').read_text())==yaml.safe_load((ROOT/'_quarto.yml').read_text())
+    assert yaml.safe_load((processed/'_proc'/'_quarto.yml').read_text())==yaml.safe_load((NBS/'_quarto.yml').read_text())
 
 def test_links_of_the_pages(processed):
     "Also those that nbdev made of names in backticks."
     url = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())['website']['site-url']
-    assert any(url in md for md,_ in pages(processed/'_proc').values())
+    assert any('](backbones.html#load_backbone)' in md for md,_ in pages(processed/'_proc').values())
     assert not dead(processed/'_proc', url)
+
+# ---- entries of functions and classes
+
+def fences(md): return re.findall(r'^```.*?\n(.*?)^```', md, re.M|re.S)
+
+def broken_blocks(found):
+    "Blocks of code in which markdown would show as such, or names of Python's own instead of the author's."
+    return [(name, m[0]) for name,(md,_) in found.items() for block in fences(md) for m in re.finditer(r'\[[^\]\n]*\]\([^)\n]*\)|VAR_(POSITIONAL|KEYWORD)|<factory>', block)]
+
+def public_classes():
+    "From the modules: class, page, and comments of its fields."
+    syms = {k:v for d in json.loads(json.dumps(importlib.import_module('ssl_wikichurches._modidx').d['syms'])).values() for k,v in d.items()}
+    for p in (ROOT/'ssl_wikichurches').rglob('[a-z]*.py'):
+        text = p.read_text()
+        for node in ast.parse(text).body:
+            full = '.'.join((*p.relative_to(ROOT).with_suffix('').parts, getattr(node, 'name', '')))
+            if not isinstance(node, ast.ClassDef) or full not in syms or node.name.startswith('_'): continue
+            lines = [text.splitlines()[f.end_lineno-1].partition(' # ') for f in node.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith('_')]
+            yield node.name, syms[full][0].partition('#')[0], [c for _,_,c in lines if c]
+
+def lost_comments(found):
+    page_of = {re.search(r'^output-file: *(\S+)', md, re.M).group(1):md for md,_ in found.values() if 'output-file:' in md}
+    return [(name, c) for name,page,comments in public_classes() for c in comments if not any(c in b for b in fences(page_of.get(page, '')) if f'class {name}' in b)]
+
+def test_entries_are_whole(processed):
+    found = pages(processed/'_proc')
+    assert not broken_blocks(found) and not lost_comments(found)
+    assert sum(len(c) for _,_,c in public_classes())>300
+    assert sum('{.api-links}' in md for md,_ in found.values())>60
+
+def test_broken_entries_would_be_found(processed):
+    name = '06a_plan.ipynb'
+    md,code = pages(processed/'_proc')[name]
+    assert broken_blocks({name:(md.replace('metric:str', 'metric:[str](a.html)', 1), code)})==[(name, '[str](a.html)')]
+    assert broken_blocks({name:(md.replace('metric:str', 'args:VAR_POSITIONAL', 1), code)})
+    assert ('Study', 'see `class_labels`') in lost_comments({name:(md.replace(' # see `class_labels`', ''), code)})
+
+# ---- papers
+
+KEYS = re.findall(r'^@\w+\{(\S+),', (NBS/'references.bib').read_text(), re.M)
+
+def cited(found):
+    prose = {name:re.sub(r'```.*?```|`[^`\n]*`', '', md, flags=re.S) for name,(md,_) in found.items()}
+    return {(name, k) for name,md in prose.items() for k in re.findall(r'(?<![\w\\])@([a-z]+\d{4}\w*)', md)}
+
+def wrong_papers(found, keys):
+    "Keys that no entry has, entries that no page cites, and links to papers that are not in the bibliography."
+    used = cited(found)
+    bare = [(name, to) for name,(md,_) in found.items() for to in re.findall(r'\]\((https?://(?:arxiv\.org/abs|doi\.org)/[^)\s]+)', md) if 'zenodo' not in to]
+    return [(n,k) for n,k in sorted(used) if k not in keys]+sorted(set(keys)-{k for _,k in used})+bare
+
+def test_papers(processed):
+    assert len(KEYS)==len(set(KEYS))>80
+    assert not wrong_papers(pages(processed/'_proc'), KEYS)
+
+def test_a_wrong_paper_would_be_found(processed):
+    found = pages(processed/'_proc')
+    md,code = found['02d_saliency_metrics.ipynb']
+    faulty = found|{'02d_saliency_metrics.ipynb':(md.replace('@bylinskii2019metrics', '@bylinskii2091metrics')+' See [x](https://arxiv.org/abs/0000.00000).', code)}
+    wrong = wrong_papers(faulty, [*KEYS, 'nobody1900nothing'])
+    assert ('02d_saliency_metrics.ipynb','bylinskii2091metrics') in wrong and 'nobody1900nothing' in wrong and ('02d_saliency_metrics.ipynb','https://arxiv.org/abs/0000.00000') in wrong

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'write_file', 'write_json', 'is_full', 'read_text', 'once', 'read_json', 'read_csv', 'write_tensors',
-           'read_tensors', 'one_writer', 'writer_of', 'local_locks', 'available_cores', 'end_with_parent',
+           'read_tensors', 'one_writer', 'writer_of', 'local_locks', 'cache_dir', 'available_cores', 'end_with_parent',
            'worker_pool']
 
 # %% ../../nbs/00A_files.ipynb #ed4e5c7a
@@ -202,6 +202,12 @@ def local_locks(
     kind,options = _mount(folder, mounts)
     if kind.startswith('nfs') and (bad := {'nolock','local_lock=all','local_lock=flock'}&{*options}): return f'NFS is mounted with {bad.pop()}'
     return 'Lustre is mounted without flock' if kind=='lustre' and 'flock' not in options else ''
+
+# %% ../../nbs/00A_files.ipynb #e3cea179
+def cache_dir()->Path: # the folder; it need not exist yet
+    "Folder for what can be made again: `WIKICHURCHES_CACHE`, or `ssl_wikichurches` in the user's cache."
+    if moved := os.environ.get('WIKICHURCHES_CACHE'): return Path(moved).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'ssl_wikichurches'
 
 # %% ../../nbs/00A_files.ipynb #3d653f66
 def available_cores()->int: # at least 1

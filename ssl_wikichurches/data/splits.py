@@ -121,11 +121,11 @@ def class_labels(
 class Split:
     "Image names for training, validation and evaluation; no church is in two of them."
     train:tuple # image file names; empty, as `val`, where nothing is to be trained
-    val:tuple
+    val:tuple # image file names, for choosing an epoch
     eval:tuple # the annotated images: never trained on
     test:tuple=() # further images that only accuracy is measured on: the official test list of 'wc4'
     labels:str='leaf' # which labels the split was made for
-    seed:int=0
+    seed:int=0 # of the draw of validation churches
     left_out:tuple=() # images whose churches were left out, for they look like an evaluation image
 
     @property

@@ -247,7 +247,7 @@ class AttnSupervisedRecipe(FullRecipe):
     stay:float=0. # weight of `stay_loss` within the attention loss
     boxes:str='own' # one of `BOXES`
     fold:int=0 # whose boxes are not used
-    folds:int=5
+    folds:int=5 # parts into which the annotated churches are divided, 2 or more
     fold_seed:int=0 # of the division into folds; the same for all runs that are compared
     def __post_init__(self):
         super().__post_init__()

@@ -113,7 +113,7 @@ def added_maps(
 @dataclass(frozen=True)
 class BlockExpansionRecipe(Recipe):
     "Training of added blocks and the classifier."
-    weight_decay:float=0.
+    weight_decay:float=0. # AdamW, decoupled
     every:int=4 # a new block after so many; a divisor of the number of blocks
     def __post_init__(self):
         super().__post_init__()

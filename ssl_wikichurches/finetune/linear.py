@@ -21,8 +21,8 @@ from .training import (Fitted, Loaders, Recipe, TrainData, both_states, classifi
 @dataclass(frozen=True)
 class LinearRecipe(Recipe):
     "Linear probe: a longer training of one layer."
-    epochs:int=50
-    lr:float=1e-3
+    epochs:int=50 # passes over the training photographs
+    lr:float=1e-3 # peak learning rate of the classifier
     augment:bool=False # new views in every epoch; False: features are computed once
     views:int=0 # augmented views of each training photograph whose features are kept beside its own
     solver:str='adamw' # 'adamw': epochs, as the other tiers; 'logistic': the optimum of `logistic_probe`

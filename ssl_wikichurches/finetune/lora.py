@@ -20,7 +20,7 @@ from .training import (Fitted, Recipe, StyleModel, TrainData, as_fitted, check_t
 @dataclass(frozen=True)
 class LoraRecipe(Recipe):
     "LoRA on the query and value projections."
-    rank:int=8
+    rank:int=8 # of the low-rank update of each projection, 1 or more
     alpha:float=32. # the update is scaled by alpha/rank
     dropout:float=.1 # on the input of the adapters, in training
     targets:str='qv' # which of q, k and v carry adapters

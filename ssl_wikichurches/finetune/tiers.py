@@ -16,7 +16,7 @@ PACKAGE = 'ssl_wikichurches' # names of modules that begin with a dot are looked
 @dataclass(frozen=True)
 class Control:
     "What is changed before a training, which is then the same."
-    name:str
+    name:str # of the control, as a study names it
     change:str # function that changes it: (TrainData, seed) -> TrainData, or (Backbone, seed) -> Backbone
     own_start:bool=False # the backbone is changed, and a shift counts from there; False: the data are changed
     module:str='.finetune.controls' # that holds the function
@@ -41,7 +41,7 @@ CONTROLS = {c.name:c for c in (
 @dataclass(frozen=True)
 class Tier:
     "How one tier trains, how its saved tensors become a backbone again, and what a study must know of it."
-    name:str
+    name:str # as a study names it
     module:str # that holds its recipe and its functions
     recipe_name:str # class of its recipe
     fit_name:str # function (backbone, data, recipe, seed, device, folder) -> Fitted

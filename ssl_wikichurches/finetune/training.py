@@ -29,7 +29,7 @@ from ..data.splits import Split, class_labels
 @dataclass(frozen=True)
 class Recipe:
     "What every tier needs to know; a tier's recipe extends it."
-    epochs:int=20
+    epochs:int=20 # passes over the training photographs
     batch:int=32 # images per step
     lr:float=1e-4 # peak learning rate of the classifier
     weight_decay:float=.01 # AdamW, decoupled
@@ -240,7 +240,7 @@ def predict(
 class Loaders(NamedTuple):
     "What a training is fed."
     train:DataLoader # with a generator of its own
-    val:DataLoader
+    val:DataLoader # in a fixed order, unaugmented
     weight:torch.Tensor # (classes,) weights of the loss
     names:tuple # of the classes
 
@@ -430,8 +430,8 @@ def train(
 @dataclass(frozen=True)
 class Fitted:
     "A fine-tuned model, ready to be measured: adapters are merged, everything is in evaluation mode."
-    backbone:nn.Module
-    classifier:nn.Linear
+    backbone:nn.Module # the encoder, fine-tuned
+    classifier:nn.Linear # from its feature to the classes
     names:tuple # of its classes
     history:pd.DataFrame # of `train`
     state:dict # name -> tensor: what was trained, for a safetensors file
@@ -513,10 +513,10 @@ def check_tensors(
 @dataclass(frozen=True)
 class TrainData:
     "Photographs, split and input geometry of a training."
-    churches:Churches
-    split:Split
+    churches:Churches # photographs, styles and boxes
+    split:Split # which of them train, validate and are measured
     size:int # side of the input, in pixels
-    geometry:str='squash'
+    geometry:str='squash' # see `eval_transform`
     workers:int=0 # processes that decode photographs
     classes:pd.Series=None # class by image file name, to be learned in place of the styles: of a control
     names:tuple=() # of the classes; none: those of the churches

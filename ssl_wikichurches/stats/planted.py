@@ -9,6 +9,7 @@ __all__ = ['DOSES', 'SHARES', 'box_shares', 'move_mass', 'moved_mass', 'dose_res
 # %% ../../nbs/05f_planted.ipynb #e2a86c6c
 import numpy as np, pandas as pd, torch
 from itertools import product
+from scipy import stats
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from ..attention.baselines import suppress_border
 from ..attention.metrics import PRIMARY
 from ..attention.scores import higher_is_better, score_maps
 from ..data.churches import box_mask
-from .power import power_curve
 from .shift import shift_test
 
 # %% ../../nbs/05f_planted.ipynb #625de362
@@ -123,38 +123,41 @@ def planted_scores(
     names:list, # n image file names
     size:int, # side of the square frame, in pixels
     groups:list=None, # n churches; None: every image by itself
-    shares:tuple=SHARES, # of the attention, planted in the boxes
+    shares:tuple=SHARES, # of the attention, planted in the boxes; 0: as before a training
     metrics:tuple=(PRIMARY,), # full names
     moved:float=.1, # share of the attention that any training lays elsewhere, in [0, 1)
-    draws:int=8, # how often chance is asked
+    draws:int=8, # how often chance is asked; the same for every share
     seed:int=0, # of chance
-)->dict: # metric -> scores before (churches, draws) and after (churches, shares, draws), more is better
-    "Scores of trainings whose truth is known: a share of the attention went into the boxes, and another one anywhere."
+)->dict: # metric -> scores (churches, shares, draws), more is better
+    "Scores of models whose truth is known: a share of the attention lies in the boxes, and another one anywhere."
     groups,maps = [*(names if groups is None else groups)],torch.as_tensor(maps)
-    to,partner = box_shares(boxes, size, maps.shape[-1]),_partners(groups, 2*draws, np.random.default_rng(seed))
-    before,after = torch.stack([move_mass(maps, to[k], moved)[0] for k in partner.T], 1).chunk(2, 1)
-    after = torch.stack([move_mass(after, to[:,None].expand_as(after), s)[0] for s in shares], 1)
-    before,after = (_gains(x, boxes, names, size, groups, metrics) for x in (before[:,None], after))
+    to,partner = box_shares(boxes, size, maps.shape[-1]),_partners(groups, draws, np.random.default_rng(seed))
+    wandered = torch.stack([move_mass(maps, to[k], moved)[0] for k in partner.T], 1)
+    planted = torch.stack([move_mass(wandered, to[:,None].expand_as(wandered), s)[0] for s in shares], 1)
     churches = pd.Series(groups).groupby(groups, sort=False).indices.values()
-    mean = lambda x: np.stack([x[i].mean(0) for i in churches])
-    return {m:(mean(before[m])[:,0],mean(after[m])) for m in after}
+    return {m:np.stack([v[i].mean(0) for i in churches]) for m,v in _gains(planted, boxes, names, size, groups, metrics).items()}
 
 # %% ../../nbs/05f_planted.ipynb #edd44900
-def _curves(before, after, seeds):
-    "Mean and standardized mean of the shifts under so many seeds, by share; share 0 comes first."
-    means,draws = after.mean(2)-before.mean(1)[:,None],after.shape[2]
-    shift = (means-means[:,:1]).mean(0)
-    within = [x.var(-1, ddof=1).mean(0) for x in (before,after)]
-    between = np.maximum(means.var(0, ddof=1)-sum(within)/draws, 0)
-    return shift,shift/np.sqrt(between+within[0]+within[1]/seeds)
+def _draw_studies(churches, draws, seeds, n, studies, seed):
+    "Churches (studies, n, 1) with replacement, and chances (studies, n, seeds+1), all different."
+    rng = np.random.default_rng(seed)
+    chance = np.tile(np.arange(draws, dtype=np.uint16), (studies,n,1))
+    return rng.integers(churches, size=(studies,n,1)),rng.permuted(chance, axis=-1, out=chance)[...,:seeds+1]
 
-def _smallest(before, after, seeds, n, alpha, power):
+def _test_studies(before, after, church, chance):
+    "`shift_test` of every study; scores are (churches, draws)."
+    return shift_test(after[church,chance[...,1:]]-before[church,chance[...,:1]])
+
+# %% ../../nbs/05f_planted.ipynb #44265418
+def _smallest(scores, seeds, n, alpha, power, studies, seed):
     "Share, shift and standardized shift that are found with that power; nan where the largest share is not."
-    shift,d_z = (PchipInterpolator(SHARES, c) for c in _curves(before, after, seeds))
-    lacks = lambda s: (power_curve(d_z(s), n, alpha).power.item() if d_z(s)>0 else 0)-power
-    if lacks(SHARES[-1])<0: return (np.nan,)*3
-    share = brentq(lacks, 0, SHARES[-1], xtol=1e-6)
-    return share,float(shift(share)),float(d_z(share))
+    drawn = _draw_studies(len(scores), scores.shape[2], seeds, n, studies, seed)
+    tests = [_test_studies(scores[:,0], s, *drawn) for s in scores.swapaxes(0, 1)]
+    short = [np.quantile(stats.t.ppf(1-alpha/2, f['df'])-np.nan_to_num(f['t']), power) for f in tests] # above 0: fewer than `power` of them pass
+    if min(short)>0: return dict.fromkeys(('share','shift','d_z'), np.nan)
+    share = brentq(PchipInterpolator(SHARES, np.minimum.accumulate(short)), 0, SHARES[-1], xtol=1e-6)
+    at = lambda values: PchipInterpolator(SHARES, values)(share).item()
+    return dict(share=share, shift=at([f['shift'].mean() for f in tests]), d_z=at([np.nan_to_num(f['t']).mean()/n**.5 for f in tests]))
 
 # %% ../../nbs/05f_planted.ipynb #98c0929a
 def detectable_mass(
@@ -169,33 +172,31 @@ def detectable_mass(
     alpha:float=.05, # level of the one test: divide it by the size of the family
     power:float=.8, # probability of seeing the shift
     moved:float=.1, # share of the attention that any training lays elsewhere
-    draws:int=8, # trainings that are made up, at least 2
+    draws:int=16, # how often chance is asked, at least once more than there are seeds; with 8 the share is known to some 5 % of itself, with 16 to 3
+    studies:int=1000, # that are made up
     seed:int=0, # of what is left to chance
 )->pd.DataFrame: # metric, n, seeds, moved, alpha, power, share, shift, d_z: nan if no share up to a third would be seen
     "The smallest share of the attention that, moved into the boxes, a study would notice."
     if not 0<alpha<power<1: raise ValueError(f"alpha is {alpha}, power is {power}: expected 0 < alpha < power < 1")
-    if draws<2: raise ValueError(f"draws is {draws}: expected at least 2 trainings, since they are compared with each other")
-    found = planted_scores(maps, boxes, names, size, groups, SHARES, metrics, moved, draws, seed)
+    found = planted_scores(maps, boxes, names, size, groups, SHARES, metrics, moved, max(draws, max(seeds)+1), seed)
     rows = []
-    for (metric,(before,after)),k in product(found.items(), seeds):
-        churches = len(before) if n is None else n
-        share,shift,d_z = _smallest(before, after, k, churches, alpha, power)
-        rows.append(dict(metric=metric, n=churches, seeds=k, moved=moved, alpha=alpha, power=power, share=share, shift=shift, d_z=d_z))
+    for (metric,scores),k in product(found.items(), seeds):
+        churches = len(scores) if n is None else n
+        row = dict(metric=metric, n=churches, seeds=k, moved=moved, alpha=alpha, power=power)
+        rows.append(row|_smallest(scores, k, churches, alpha, power, studies, seed))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/05f_planted.ipynb #23195bd7
 def planted_power(
-    before:np.ndarray, # (churches, draws) of `planted_scores`
+    before:np.ndarray, # (churches, draws) of `planted_scores` with share 0
     after:np.ndarray, # (churches, draws), of one share
-    seeds:int=1,
+    seeds:int=1, # fewer than draws
     n:int=None, # churches of a study; None: as many as there are
     alpha:float=.05,
     studies:int=500,
     seed:int=0,
 )->float: # share of the studies whose shift is significant and for the better
-    "How often studies find what was planted: churches and chance are drawn with replacement."
-    rng,n = np.random.default_rng(seed),len(before) if n is None else n
-    church = rng.integers(len(before), size=(studies,n,1))
-    chance = lambda x, k: x[church,rng.integers(x.shape[1], size=(studies,n,k))]
-    found = shift_test(chance(after, seeds)-chance(before, 1))
+    "How often studies find what was planted."
+    churches,draws = before.shape
+    found = _test_studies(before, after, *_draw_studies(churches, draws, seeds, n or churches, studies, seed))
     return ((found['p']<alpha)&(found['shift']>0)).mean()

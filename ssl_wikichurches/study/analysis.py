@@ -37,8 +37,8 @@ class About:
 @dataclass(frozen=True, eq=False)
 class Table:
     "Rows, and what a caption has to say of them."
-    about:About
-    frame:pd.DataFrame
+    about:About # its unit, family and what a reader must know
+    frame:pd.DataFrame # its rows
 
     @property
     def n(self)->str: # churches behind the rows

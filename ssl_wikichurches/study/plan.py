@@ -58,16 +58,16 @@ class Cluster:
 @dataclass(frozen=True)
 class Study:
     "Models x tiers x seeds on one dataset, in one geometry."
-    name:str='study'
+    name:str='study' # of the study and of its folder
     data:str='synthetic' # source for `load_churches`
     models:tuple=('dinov2','dinov3','mae','clip','siglip','siglip2') # names or `alias=source`
     tiers:tuple=('linear','lora','full') # none: only the frozen backbones are measured, and nothing but annotated images is needed
-    seeds:tuple=(0,)
+    seeds:tuple=(0,) # one training each; a recipe is judged with two or more
     labels:str='leaf' # see `class_labels`
     geometry:str='squash' # see `eval_transform`
     size:int=0 # side of the input in pixels; 0: each backbone's own
     val:float=0. # share of the churches for validation; 0: as the labels have it (see `make_split`)
-    split_seed:int=0
+    split_seed:int=0 # of the churches that validate
     on_error:str='raise' # what to do with unreadable photographs: 'raise' or 'skip'
     recipes:dict=field(default_factory=dict) # tier -> {field: value}, where a recipe differs from its defaults (`tier_recipe`)
     analysis:dict=field(default_factory=dict) # fields of `Declaration`, where it differs from its defaults
@@ -242,9 +242,9 @@ class Run:
     model:str # name in tables and folders
     source:str # argument of `load_backbone`
     tier:str # 'frozen', or a name that `tier_method` knows
-    seed:int
+    seed:int # of the training
     recipe:dict # fields of the tier's recipe; {} for 'frozen'
-    data:str
+    data:str # this and the next four: see `Study`
     labels:str
     geometry:str
     size:int
