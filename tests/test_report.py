@@ -1,8 +1,12 @@
-"The report in a browser: what a reader sees, presses and copies."
+"The report in a browser: what a reader sees, presses and copies; and the files of the paper."
 import io, re
 from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 import pandas as pd, pytest
+from pylatexenc.latex2text import LatexNodes2Text
+from pylatexenc.latexwalker import LatexWalker, LatexWalkerParseError
 from ssl_wikichurches.study.analysis import Analysis, Table, analyse
+from ssl_wikichurches.study.paper import caption, latex_text, write_paper
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.reader import open_study
 from ssl_wikichurches.study.report import _lead, _reasons, _unseen, answer, findings, five_numbers, write_report
@@ -131,8 +135,10 @@ def test_light_and_dark_and_paper(opened):
     page.locator('#theme').click()
     assert page.evaluate(ground)=='rgb(255, 255, 255)'!=dark
     page.locator('#theme').click()
-    page.emulate_media(media='print')
-    assert page.evaluate(ground)=='rgb(255, 255, 255)' and not page.locator('nav').is_visible() and page.locator('table[data-name=shift]').is_visible()
+    page.emulate_media(media='print'); page.set_viewport_size(dict(width=720, height=1000)) # a sheet of paper
+    table = page.locator('table[data-name=robustness]')
+    assert page.evaluate(ground)=='rgb(255, 255, 255)' and not page.locator('nav').is_visible() and page.locator('#shift figure').is_visible() and not table.is_visible()
+    assert open_all(page).evaluate(WIDER)==0 and table.is_visible()
 
 # ---- the answer
 
@@ -170,3 +176,54 @@ def test_an_answer_is_about_the_largest_claim(analysis):
     changed = Analysis(analysis.path, analysis.facts, analysis.tables|dict(verdicts=Table(analysis.tables['verdicts'].about, v)), {})
     r = v[v['shift']==.05].iloc[0]
     assert f'The largest such shift, under {r.tier} of {r.model}' in answer(changed)[1] and five_numbers(changed)[2][0]=='+0.050'
+
+# ---- the paper
+
+@pytest.fixture(scope='module')
+def paper(analysis, tmp_path_factory): return write_paper(analysis, tmp_path_factory.mktemp('paper'))
+
+def test_files_of_the_paper(paper, analysis):
+    folder,shown,lacking = paper
+    drawn = {e.name for e in shown if e.is_figure}
+    assert {'frozen','shift','tiers','levels','differences','controls','accuracy','forgetting','styles','blocks','heads','head-levels'}<=drawn and {*lacking}>={'supervised','paths'}
+    assert {p.name for p in (folder/'figures').iterdir()}=={f'{n}.{k}' for n in drawn for k in ('svg','pdf')}
+    for p in (folder/'figures').glob('*.svg'): assert ElementTree.parse(p).getroot().tag.endswith('svg')
+    assert all(p.read_bytes()[:5]==b'%PDF-' for p in (folder/'figures').glob('*.pdf'))
+    assert {p.stem for p in (folder/'tables').iterdir()}=={e.name for e in shown if not e.is_figure}>={'frozen','shift','verdicts','control_contrasts','robustness','styles'}
+    assert lacking['supervised'].startswith('no tier used boxes') and 'wikichurches_paths pages' in lacking['paths']
+
+def test_every_caption_says_what_a_number_needs(paper, analysis):
+    for e in paper[1]:
+        for word in ('n: ','Unit: ','Interval: ','Tests: ','Metric: IoU@90','Data: set, 12 photographs'): assert word in e.caption, (e.name, word)
+    moved = Analysis(analysis.path, analysis.facts|dict(study=analysis.facts['study']|dict(data='world-boxed')), analysis.tables, {})
+    assert 'Drawn data (world-boxed)' in caption(moved, 'shift') and 'n: 12 churches, 2 seeds' in caption(moved, 'shift') and 'seeds' not in caption(moved, 'frozen').split('Unit')[0]
+
+def parsed(text):
+    "The nodes of a LaTeX text, read strictly."
+    return LatexWalker(text, tolerant_parsing=False).get_latex_nodes()[0]
+
+def test_latex_can_be_read_and_holds_the_numbers(paper, analysis):
+    folder,shown,_ = paper
+    document = (folder/'paper.tex').read_text()
+    assert parsed(document) and all(f'\\input{{tables/{e.name}}}' in document if not e.is_figure else f'{{figures/{e.name}}}' in document for e in shown)
+    for p in (folder/'tables').iterdir():
+        assert parsed(text := p.read_text()) and not re.search(r'(?<!\\)[%#]', text) and text.count('toprule') in (1,2)
+        assert not re.search(r'(?<!\\)_', re.sub(r'\\label\{.*?\}', '', text))
+    rows = [r for r in (folder/'tables'/'shift.tex').read_text().split('\\midrule')[1].split('\n') if r.endswith(r'\\')]
+    s = analysis['shift']
+    assert [r.split(' & ')[6].replace('$-$','-') for r in rows]==[f'{v:+.4f}' for v in s['shift']] and rows[0].startswith('tiny-clip & linear & 12 & 2 &')
+
+def test_text_cannot_break_latex():
+    for bad in ('a_b & 50 % of $x^2$ {y} ~ \\end{document} #1 <.001 | >', 'tiny_näme'):
+        nodes = parsed(latex_text(bad))
+        assert LatexNodes2Text().nodelist_to_text(nodes).replace('\xa0', ' ').replace('ˆ', '^')==bad
+    with pytest.raises(LatexWalkerParseError): parsed('a {b')
+
+def test_a_study_that_lacks_tables_says_so(analysis, tmp_path):
+    few = Analysis(tmp_path/'study'/'tables', analysis.facts, {k:analysis.tables[k] for k in ('frozen','baselines','costs')}, {})
+    folder,shown,lacking = write_paper(few)
+    assert folder==tmp_path/'study'/'paper' and {e.name for e in shown if e.is_figure}=={'frozen'} and {v for k,v in lacking.items() if k!='paths'}=={'nothing was fine-tuned'}
+    assert '% shift is left out: nothing was fine-tuned' in (folder/'paper.tex').read_text() and parsed((folder/'paper.tex').read_text())
+    paths = pd.DataFrame(dict(model='tiny-clip', tier='full', alpha=[0.,1.], own_start=False, seeds=2, accuracy=.5, balanced_accuracy=[.3,.5], macro_f1=.4, iou=[.1,.2], delta=[0,.1], low=[0,.05], high=[0,.15], churches=12))
+    paths.to_csv(tmp_path/'study'/'paths.csv', index=False)
+    assert 'paths' in {e.name for e in write_paper(few)[1]} and (folder/'figures'/'paths.svg').is_file()

@@ -435,5 +435,5 @@ def gallery(
     "The largest gains and losses of one model and tier, of its first seed. They are chosen by the outcome."
     found,size = examples(opened, model, tier, metric, k),size or opened.photographs(model).size
     fig = draw_examples(found, opened.churches, opened.study.geometry, size, tier)
-    fig.suptitle(f'{model}: largest gains, then largest losses (chosen by the outcome)', fontsize=9)
+    fig.suptitle(f'{model}: largest gains, then largest losses (chosen by the outcome)')
     return fig

@@ -7,7 +7,8 @@ __all__ = ['TIER_MARKERS', 'TIER_COLORS', 'CONTROL_COLOR', 'ON_DARK', 'PAGE_COLO
            'theme_colors', 'css_variables', 'css_color', 'forest_plot', 'slope_plot', 'ranking_plot', 'block_plot',
            'grid_plot', 'level_plot', 'against_plot', 'plain_metric', 'forest_figure', 'difference_figure',
            'level_figure', 'slope_figure', 'price_figure', 'headline_figure', 'tier_plot', 'tier_figure',
-           'ranking_figure', 'block_figure', 'against_figure', 'grid_figure', 'control_figure', 'head_levels_figure']
+           'ranking_figure', 'block_figure', 'against_figure', 'grid_figure', 'control_figure', 'forgetting_figure',
+           'head_levels_figure']
 
 # %% ../../nbs/06d_figures.ipynb #2836e398
 import re
@@ -379,6 +380,14 @@ def control_figure(table:pd.DataFrame # of `control_contrasts`, with the metric 
     groups = [*named.groupby('metric', sort=False)]
     fig,axs = _sheet(7.6, .75+.24*len(groups[0][1]), 1, len(groups), sharey=True)
     for ax,(metric,g) in zip(axs[0], groups): forest_plot(g[['model','tier','shift','low','high']], ax, f'shift of {plain_metric(metric)}', legend=False)
+    return fig
+
+def forgetting_figure(table:pd.DataFrame # of `forgetting_table`
+    )->Figure:
+    "What is left of the frozen features, and what was lost on a question that no training asked."
+    fig,axs = _sheet(7.6, .75+.22*len(table), 1, 2, sharey=True)
+    for ax,column,label in zip(axs[0], ('cka','knn_change'), ('cka to the frozen features','change of nearest neighbors')):
+        forest_plot(table.assign(shift=table[column], low=np.nan, high=np.nan)[['model','tier','shift','low','high']], ax, label, legend=False)
     return fig
 
 def head_levels_figure(table:pd.DataFrame, # of `head_grid`, of one tier

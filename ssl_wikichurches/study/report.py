@@ -25,6 +25,7 @@ from .analysis import LEAST, Analysis, read_examples, write_examples
 from .detail import draw_examples
 from .figures import (against_figure, block_figure, css_color, css_variables, difference_figure, forest_figure, grid_figure, headline_figure,
                                             level_figure, plain_metric, price_figure, ranking_figure, slope_figure)
+from .plan import Declaration
 from .specificity import NOT_PRINTED, readable_result
 
 # %% ../../nbs/06l_report.ipynb #c9239d4e
@@ -57,9 +58,9 @@ def _largest(v, alpha):
     return which,rows.loc[rows['shift'].abs().idxmax()]
 
 def _judged(a):
-    "The verdicts of the declared family, or of all where none was declared; and alpha."
-    v = a['verdicts']
-    return v[v.declared] if v.declared.any() else v, (a.facts.get('analysis') or {}).get('declared', {}).get('alpha', .05)
+    "The verdicts of the declared family, or of all where none was declared; and the declared margin and alpha."
+    v,said = a['verdicts'],(a.facts.get('analysis') or {}).get('declared', {})
+    return v[v.declared] if v.declared.any() else v, *(said.get(k, getattr(Declaration, k)) for k in ('margin','alpha'))
 
 def _rows_of(a, r):
     "What the tables of shifts and of frozen backbones say of the model of a row."
@@ -114,17 +115,19 @@ def _blind(b, n):
     "How many backbones score more than maps that saw no model."
     won = b[(b.difference>0)&(b.p_holm<.05)].groupby('baseline').model.nunique()
     asked = {name:int(won.get(k, 0)) for k,name in BLIND_NAMES.items() if (b.baseline==k).any()}
-    if not any(asked.values()): return f'{_upper(_count(0, n, "backbones"))} scores more, after Holm, than a map that saw no model: {", ".join(asked)}.'
-    return f'Backbones, of {n}, that score more, after Holm, than a map that saw no model: '+', '.join(f'{k} than {name}' for name,k in asked.items())+'.'
+    more = [f'{k} score{"s"*(k==1)} more than {name}' for name,k in asked.items() if k]
+    none = [name for name,k in asked.items() if not k]
+    if none: more.append(f'none {"" if more else "scores "}more than {", ".join(none[:-1])}{" or "*(len(none)>1)}{none[-1]}')
+    return f'Against maps that saw no model, of {n} backbone{"s"*(n>1)}, after Holm: {"; ".join(more)}.'
 
 def answer(
     analysis:Analysis,
 )->list: # sentences: yes, no or open; how far; what layout and controls say; what could not have been seen
     "The answer of a study in plain words, by rule."
     if 'verdicts' not in analysis: return _frozen_answer(analysis)
-    v,alpha = _judged(analysis)
+    v,margin,alpha = _judged(analysis)
     which,r = _largest(v, alpha)
-    return [_lead(v, (analysis.facts.get('analysis') or {}).get('declared', {}).get('margin', .01)), _size(analysis, r, which), _reasons(r, alpha), _unseen(v)]
+    return [_lead(v, margin), _size(analysis, r, which), _reasons(r, alpha), _unseen(v)]
 
 # %% ../../nbs/06l_report.ipynb #a112afe9
 def _frozen_numbers(a, counted):
@@ -141,7 +144,8 @@ def five_numbers(
     facts = analysis.facts
     counted = (str(facts['n_churches']), 'churches', f"{facts['n_images']} photographs, {facts['in_view']} boxes")
     if 'verdicts' not in analysis: return _frozen_numbers(analysis, counted)
-    r = _largest(*_judged(analysis))[1]
+    v,_,alpha = _judged(analysis)
+    r = _largest(v, alpha)[1]
     s,f = _rows_of(analysis, r)
     who,metric = f'{r.tier} of {r.model}',plain_metric(r.metric)
     return [counted, (f'{s.before:.3f}', f'{metric}, frozen', f'{r.model}; blind choice {f.chance:.3f}'),
@@ -194,7 +198,7 @@ def findings(
     found = {k:f(analysis[k]) for k,f in FOUND.items() if k in analysis}
     if 'shift' in analysis: found |= dict(shift=_found_shift(analysis['shift'].query('tier!=@LINEAR')) if 'verdicts' in analysis else '', accuracy=_found_accuracy(analysis['shift']))
     if 'style_tests' in found: found['styles'] = found.pop('style_tests')
-    found['examples'] = 'The images with the smallest, the median and the largest shift of each model: a rule chose them, not a hand.'
+    if analysis.examples: found['examples'] = 'The images with the smallest, the median and the largest shift of each model: a rule chose them, not a hand.'
     return found
 
 # %% ../../nbs/06l_report.ipynb #7ef9f413

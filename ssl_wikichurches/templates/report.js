@@ -35,7 +35,7 @@ function show() { // the section that the address names
 all('th button').forEach(b => b.addEventListener('click', () => sort(b.closest('th'))))
 all('.copy').forEach(b => b.addEventListener('click', () => copy(b)))
 addEventListener('hashchange', show)
-addEventListener('beforeprint', () => all('details').forEach(d => { d.open = true }))
+addEventListener('beforeprint', () => all('details.part').forEach(d => { d.open = true }))
 document.getElementById('all').addEventListener('click', e => {
   const open = e.currentTarget.getAttribute('aria-pressed') !== 'true'
   all('details.part').forEach(d => { d.open = open })
