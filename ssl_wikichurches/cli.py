@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_study', 'wikichurches_doctor', 'show_dry_run',
            'show_study', 'wikichurches_study', 'wikichurches_status', 'wikichurches_report', 'wikichurches_tensorboard',
-           'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths', 'wikichurches_paper',
-           'wikichurches_download', 'wikichurches_prepare', 'wikichurches_import', 'wikichurches_pretrain_tiny',
-           'wikichurches_probe_tiny', 'wikichurches_plan', 'wikichurches_calibrate']
+           'wikichurches_explore', 'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths',
+           'wikichurches_paper', 'wikichurches_download', 'wikichurches_prepare', 'wikichurches_import',
+           'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny', 'wikichurches_plan', 'wikichurches_calibrate']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import sys, tempfile, time, tomllib, traceback
@@ -171,6 +171,7 @@ def wikichurches_study(
     val:float=None, # share of the churches for validation; the labels' own where not given
     split_seed:int=None, # of the split
     on_error:str=None, # what to do with unreadable photographs: raise or skip
+    measure:str=None, # when to look at attention while it trains: every_epoch, log, or steps with commas; only at the end where not given
     recipe:str='', # changes of recipes: lora.epochs=3,full.lr=5e-5
     runs:str='runs', # folder of all studies
     executor:str=None, # where the runs are computed: local, dask, slurm, slurm-local; as the file's [cluster] says where not given
@@ -189,7 +190,7 @@ def wikichurches_study(
             from ssl_wikichurches.backbones.encoders import describe_encoder
             return print(describe_encoder(check_model, size))
         study = compose_study(file, recipe, _recipes_there(file, name, runs) if dry_run else None, name=name, data=data, models=models, tiers=tiers,
-                              seeds=seeds, labels=labels, geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error)
+                              seeds=seeds, labels=labels, geometry=geometry, size=size, val=val, split_seed=split_seed, on_error=on_error, measure=measure)
         study = _on_cluster(study, executor, address, workers)
         if dry_run: return show_dry_run(study, runs)
         from ssl_wikichurches.study.cluster import open_executor, shares
@@ -253,6 +254,24 @@ def wikichurches_tensorboard(
         root = study_folder(root)
         from ssl_wikichurches.study.reader import open_study, to_tensorboard
         print(f'histories of {len(to_tensorboard(open_study(root), log))} runs: tensorboard --logdir {log}')
+
+# %% ../nbs/07_cli.ipynb #a0c10ef0
+@call_parse
+def wikichurches_explore(
+    root:str, # folder of a study
+    folder:store_true=False, # write a folder with everything, for a static host, in place of one page
+    out:str=None, # HTML file, or that folder; explorer.html or explorer/ in the study's folder where not given
+    limit:float=20, # of the page, in megabytes: what does not fit is left out, and said so
+    debug:store_true=False, # raise errors as they are
+):
+    "Write a page to move through a study's photographs, maps, blocks and heads."
+    with plain_errors('wikichurches_explore', debug):
+        root = study_folder(root)
+        from ssl_wikichurches.study.explorer import write_explorer, write_explorer_folder
+        from ssl_wikichurches.study.reader import open_study
+        opened = open_study(root)
+        written = write_explorer_folder(opened, out) if folder else write_explorer(opened, out, limit)
+        print(f'explorer: {written.path} ({written.size/1e6:.1f} MB). {written.holds}')
 
 # %% ../nbs/07_cli.ipynb #b0abcd43
 @call_parse
@@ -376,10 +395,28 @@ def wikichurches_prepare(
         print(prepare_report(prepare(source_folder(data), side, quality, workers)))
 
 # %% ../nbs/07_cli.ipynb #af25214b
+def _import_photographs(file, out, group, **how):
+    from ssl_wikichurches.data.churches import read_churches
+    from ssl_wikichurches.data.importing import import_dataset
+    one,_,several = group.partition(',')
+    folder = import_dataset(file, out, called=(one, several or f'{one}s'), **how)
+    churches = read_churches(folder)
+    print(churches)
+    print(f"classes: {', '.join(churches.class_names)}; kinds of part: {', '.join(churches.parts.name)}")
+    if len(churches.problems): print(churches.problems.to_string(index=False))
+    print(f'photographs: {folder}')
+
 @call_parse
 def wikichurches_import(
-    file:str, # of an earlier study: per-image scores (JSON, SQLite), the names of a split (JSON), or <model>_<strategy>_finetuned.pt
-    out:str=None, # a folder for weights, a CSV file for scores, a JSON file for a split; named like the file where not given
+    file:str, # annotated photographs: COCO (.json), Pascal VOC, YOLO or CUB-200-2011 (a folder), a table of boxes (.csv); or scores, a split or weights of an earlier study
+    out:str=None, # a folder for photographs and for weights, a CSV file for scores, a JSON file for a split; named like the file where not given
+    photographs:str='', # folder of the photographs, where the format does not fix it
+    labels:str='', # folder (a photograph's class is the folder it lies in), or a CSV file with image, class and perhaps group
+    group:str='image', # what must not be divided between training and evaluation, for tables and messages: patient, or bird,birds
+    unit:str='', # of a table of boxes: pixels, fractions or percent
+    keep:float=1., # share of the groups of each class that keep their boxes; the others are trained on
+    origin:int=1, # number of the first pixel, of Pascal VOC
+    side:float=.2, # of CUB: square around a point, as a share of the bird; 0: the bird's box alone
     data:str='wikichurches', # source of the photographs that a split is checked against
     model:str='', # backbone that weights were made from; the one that the file names where not given
     metric:str='iou@90', # of the table of scores that is printed
@@ -387,8 +424,10 @@ def wikichurches_import(
     method:str='', # of scores in a database with several
     debug:store_true=False, # raise errors as they are
 ):
-    "Take over scores, a split or weights of an earlier study. Nothing in a file is run."
+    "Take over annotated photographs of another collection, or what an earlier study left. Nothing in a file is run."
     with plain_errors('wikichurches_import', debug):
+        from ssl_wikichurches.data.importing import dataset_format
+        if dataset_format(file): return _import_photographs(file, out or f'{Path(file).stem}-photographs', group, photographs=photographs, labels=labels, unit=unit, keep=keep, origin=origin, side=side)
         from ssl_wikichurches.study.earlier import earlier_kind, earlier_table, import_weights, read_earlier_scores, read_earlier_split
         kind,stem = earlier_kind(file),Path(file).stem
         if kind=='weights': print(f'weights: {import_weights(file, out or stem, model)}')

@@ -4,14 +4,31 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 import pytest
+from filelock import FileLock
 
 # The package is imported where it is needed: the rules of the house are checked without waiting for torch.
+
+def made_once(factory, name, make):
+    "A folder that the first process that needs it makes for all of a test run."
+    home = factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: home = home.parent
+    with FileLock(home/f'{name}.lock'):
+        if not (ready := home/f'{name}.ready').exists():
+            make(home/name)
+            ready.touch()
+    return home/name
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):
     "Sixty drawn photographs of 64 pixels, twelve of them annotated. Not to be changed."
     from ssl_wikichurches.data.synthetic import make_churches
-    return make_churches(tmp_path_factory.mktemp('drawn')/'set', n=60, n_annotated=12, size=64, seed=1)
+    return made_once(tmp_path_factory, 'drawn', lambda folder: make_churches(folder, n=60, n_annotated=12, size=64, seed=1))
+
+@pytest.fixture(scope='session')
+def finished(drawn, tmp_path_factory):
+    "The complete study of `brief`. Not to be changed."
+    from brief import brief, here
+    return made_once(tmp_path_factory, 'finished', lambda folder: here(brief(drawn), folder))/'brief'
 
 @pytest.fixture(scope='module')
 def few_questions():
@@ -40,10 +57,10 @@ def data():
     return quarter()
 
 @pytest.fixture(scope='session')
-def forty():
-    "Ten of these photographs of each style, for what is trained often; a file may take them for its `data`."
+def two_dozen():
+    "At most seven of these photographs of each style, for what is trained often; a file may take them for its `data`."
     data = quarter(); y = data.labels[list(data.split.train)]
-    return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(10).index), val=data.split.val[::3]))
+    return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(7).index), val=data.split.val[::3]))
 
 @pytest.fixture(scope='session')
 def images(): return next(iter(quarter().loader('eval', 4)))[0]

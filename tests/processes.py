@@ -21,6 +21,10 @@ def alive(pid):
     try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0]!='Z'
     except (FileNotFoundError, ProcessLookupError): return False
 
+def broken():
+    "What a process may be asked to do, without anything to import for it."
+    raise OSError('no such thing')
+
 def wait_until(happened, most=1800):
     "Until something has happened. The bound only ends a test that would hang: it is far above what any machine needs."
     stop = time.monotonic()+most

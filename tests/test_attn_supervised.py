@@ -376,8 +376,8 @@ def test_the_prior_is_one_target_for_all(data):
 SHORT = dict(epochs=2, batch=30, lr=1e-3, backbone_lr=1e-4)
 
 @pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip'))
-def test_weight_0_is_full_fine_tuning_bit_for_bit(forty, name):
-    data = forty
+def test_weight_0_is_full_fine_tuning_bit_for_bit(two_dozen, name):
+    data = two_dozen
     full = fit_full(load_backbone(name), data, FullRecipe(**SHORT), 3)
     recipe = AttnSupervisedRecipe(**SHORT, weight=0., folds=2)
     none = fit_attn_supervised(load_backbone(name), data, recipe, 3)
@@ -385,17 +385,17 @@ def test_weight_0_is_full_fine_tuning_bit_for_bit(forty, name):
     assert same(full.state, none.state) and same(full.other, none.other)
     pd.testing.assert_frame_equal(numbers(full.history), numbers(none.history), check_exact=True)
 
-def test_a_weight_that_vanishes_approaches_it_through_the_other_path(forty, monkeypatch):
+def test_a_weight_that_vanishes_approaches_it_through_the_other_path(two_dozen, monkeypatch):
     "The loss is computed at every step, its gradient is exactly 0: the same weights, so nothing else was touched."
-    data = forty
+    data = two_dozen
     full = fit_full(load_backbone('tiny-clip'), data, FullRecipe(**SHORT, drop_path=0.), 3)
     monkeypatch.setattr(attn_supervised, 'weight_at', lambda *a: 0.)
     beside = fit_attn_supervised(load_backbone('tiny-clip'), data, AttnSupervisedRecipe(**SHORT, folds=2), 3)
     assert same(full.state, beside.state) and (beside.history.extra_loss>0).all()
 
 @pytest.mark.parametrize('name,more', [('tiny-clip',{}), ('tiny-siglip',dict(kind='kl',stay=.5)), ('tiny-dinov3',dict(kind='cosine',per_head=True,blocks='-2,-1')), ('tiny-clip',dict(precision='bfloat16'))])
-def test_training_pulls_and_can_be_restored(forty, name, more):
-    data = forty
+def test_training_pulls_and_can_be_restored(two_dozen, name, more):
+    data = two_dozen
     recipe = AttnSupervisedRecipe(epochs=3, batch=20, lr=1e-3, backbone_lr=5e-4, weight=2., ratio=.4, folds=2, **more)
     start = load_backbone(name)
     names = crossfit_parts(data, recipe)[0]
@@ -409,10 +409,10 @@ def test_training_pulls_and_can_be_restored(forty, name, more):
     again = restore_full(load_backbone(name), recipe, f.state)
     assert torch.equal(again(x), f.backbone(x))
 
-def test_a_killed_training_ends_with_the_same_bits(forty, tmp_path, monkeypatch):
+def test_a_killed_training_ends_with_the_same_bits(two_dozen, tmp_path, monkeypatch):
     "With a weight that rises over the steps, which go on where they were."
-    data = forty
-    recipe = AttnSupervisedRecipe(epochs=2, batch=30, lr=1e-3, folds=2, weight_warmup=.8, ratio=.2)
+    data = two_dozen
+    recipe = AttnSupervisedRecipe(epochs=2, batch=18, lr=1e-3, folds=2, weight_warmup=.8, ratio=.2)
     fit = lambda folder: fit_attn_supervised(load_backbone('tiny-clip'), data, recipe, 5, 'cpu', folder)
     whole = fit(None)
     class Killed(Exception): pass
@@ -431,9 +431,9 @@ def test_a_killed_training_ends_with_the_same_bits(forty, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match='another training'): fit_attn_supervised(load_backbone('tiny-clip'), fewer, recipe, 5, 'cpu', tmp_path)
 
 @pytest.mark.parametrize('control', BOXES)
-def test_held_out_boxes_are_never_read(forty, control):
+def test_held_out_boxes_are_never_read(two_dozen, control):
     "Other boxes on the held-out fold give the same weights to the last bit."
-    data = replace(forty, split=replace(forty.split, eval=make_split(forty.churches).eval)) # enough churches of each style to exchange boxes
+    data = replace(two_dozen, split=replace(two_dozen.split, eval=make_split(two_dozen.churches).eval)) # enough churches of each style to exchange boxes
     recipe = AttnSupervisedRecipe(epochs=1, batch=30, lr=1e-3, folds=2, boxes=control)
     held = crossfit_parts(data, recipe)[1]
     boxes = data.churches.boxes.copy()

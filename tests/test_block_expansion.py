@@ -25,7 +25,7 @@ def model(name): return (timm_model(name) if name in TIMM else load_backbone(nam
 def every_of(b): return b.depth//2 if b.depth%2==0 else 1 # two new blocks of a toy, three of timm's
 def images(b, n=2): return torch.rand(n, 3, *[b.spec.size]*2, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope='module')
-def data(forty): return forty
+def data(two_dozen): return two_dozen
 
 def same(a, b): return list(a)==list(b) and all(torch.equal(v, b[k]) for k,v in a.items())
 def state(b): return {k:v.clone() for k,v in b.state_dict().items()}

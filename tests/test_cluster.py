@@ -204,6 +204,27 @@ def test_a_cancelled_future_cancels_its_job():
     SubmititExecutor(Engine(), poll=.01).submit(abs, 1).cancel()
     wait_until(lambda: job.cancelled)
 
+class JobOfOnesOwn(FakeJob):
+    over = False
+    def done(self): return self.over
+    def result(self): return 'done'
+
+def test_an_engine_without_a_queue_has_so_many_jobs_at_a_time():
+    begun = []
+    class Engine:
+        def submit(self, *a): begun.append(JobOfOnesOwn()); return begun[-1]
+    pool = SubmititExecutor(Engine(), poll=.001, most=2)
+    with pool.batch(): futures = [pool.submit(abs, k) for k in range(4)]
+    wait_until(lambda: len(begun)==2)
+    late = pool.submit(abs, 5) # not in the batch, and in the same line
+    futures[3].cancel()
+    for k in (0,1,2):
+        assert len(begun)==2+k
+        begun[k].over = True
+        wait_until(lambda: len(begun)==min(4, 3+k))
+    begun[3].over = True
+    assert [f.result() for f in (*futures[:3],late)]==['done']*4 and len(begun)==4
+
 def test_a_stopped_job_is_put_back_in_line():
     again = Placed(1).checkpoint(abs, -2)
     assert again.function(*again.args)==2

@@ -21,7 +21,7 @@ def model(name): return timm_model(name) if name in TIMM else load_backbone(name
 def sized(data, name): return replace(data, size=64 if name in TIMM else 96)
 
 @pytest.fixture(scope='module')
-def data(forty): return forty
+def data(two_dozen): return two_dozen
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def numbers(history): return history.drop(columns='images_per_second')

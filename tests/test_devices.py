@@ -1,5 +1,5 @@
 "One training in two processes gives what it gives in one."
-import json, os
+import json, os, processes
 import torch, pandas as pd, pytest
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
 
-RECIPES = dict(full=FullRecipe(epochs=2, batch=30, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=30, lr=1e-3, dropout=0.))
+RECIPES = dict(full=FullRecipe(epochs=2, batch=20, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=30, lr=1e-3, dropout=0.))
 FITS = dict(full=fit_full, lora=fit_lora)
 
 def numbers(history): return history.drop(columns='images_per_second')
@@ -31,17 +31,20 @@ def trained(data, tiers, folder=None, stop=None):
     fits = [FITS[t](load_backbone('tiny-clip'), data, RECIPES[t], 0, 'cpu', folder) for t in tiers]
     return [(f.history, f.state, Team().n) for f in fits]
 
-def trained_and_killed(data, folder):
-    "As `trained`; then the first tier again, which loses its power in the sixth step. Its checkpoint stays in `folder`."
-    fits = trained(data, ['full','lora'])
-    with pytest.raises(RuntimeError, match='out of power'): trained(data, ['full'], folder, 5)
-    return fits
+def trained_killed_resumed(data, left, folder):
+    "As `trained`; then the first tier again, which loses its power in the sixth step, and goes on. A checkpoint stays in `left`."
+    fits,real = trained(data, ['full','lora']),finetune._gradients
+    for f in (left,folder):
+        with pytest.raises(RuntimeError, match='out of power'): trained(data, ['full'], f, 5)
+        finetune._gradients = real
+    return fits+trained(data, ['full'], folder)
 
 @pytest.fixture(scope='module')
 def stopped(tmp_path_factory): return tmp_path_factory.mktemp('stopped')
 
 @pytest.fixture(scope='module')
-def pair(data, stopped): return launch(2, trained_and_killed, data, stopped),trained(data, ['full','lora'])
+def pair(data, stopped, tmp_path_factory):
+    return launch(2, trained_killed_resumed, data, stopped, tmp_path_factory.mktemp('resumed')),trained(data, ['full','lora'])
 
 @pytest.mark.parametrize('i', [0,1])
 def test_two_processes_train_as_one(pair, i):
@@ -57,8 +60,7 @@ def test_two_processes_train_as_one(pair, i):
 def test_two_processes_resume_to_the_same_bits(data, stopped, pair):
     assert (stopped/'checkpoint.safetensors').is_file()
     with pytest.raises(ValueError, match='another training'): trained(data, ['full'], stopped) # of one process
-    (history,weights,_), = launch(2, trained, data, ['full'], stopped)
-    whole = pair[0][0]
+    whole,_,(history,weights,_) = pair[0]
     assert all(torch.equal(v, whole[1][k]) for k,v in weights.items())
     pd.testing.assert_frame_equal(numbers(history), numbers(whole[0]), check_exact=True)
 
@@ -80,10 +82,8 @@ def test_batches_that_are_too_small_for_a_team():
     assert [len(x) for x, in team(2, 1).share(loader, every=False)]==[2,2]
     with pytest.raises(ValueError, match='too few for 5'): team(5).share(loader, every=False)
 
-def broken(): raise OSError('no such thing')
-
 def test_what_goes_wrong_in_a_team_is_told():
-    with pytest.raises(Exception, match='no such thing'): launch(2, broken)
+    with pytest.raises(Exception, match='no such thing'): launch(2, processes.broken)
 
 def test_augmentation_follows_from_seeds_alone(data):
     "Two decoding processes, a share of each batch, and the loader alone draw the same pixels."

@@ -24,7 +24,7 @@ PLAN = Path(__file__).parent.parent/'studies'/'plan.toml'
 ANEW = LinearRecipe(epochs=3, augment=True)
 
 @pytest.fixture
-def data(forty): return forty
+def data(two_dozen): return two_dozen
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def numbers(fitted): return fitted.history.drop(columns='images_per_second')

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq, pytest, torch
 from safetensors.torch import load_file
+from brief import BRIEF, brief, here
 from processes import alive, as_a_worker, children, wait_until
 from statsmodels.stats.multitest import multipletests
 from ssl_wikichurches.finetune import full as full_module
@@ -21,18 +22,8 @@ from ssl_wikichurches.study.analysis import analyse
 from ssl_wikichurches.study.reader import load_run, open_study
 from ssl_wikichurches.study.tables import robustness_table, study_table
 
-BRIEF = dict(linear=dict(epochs=2), lora=dict(epochs=1, lr=1e-2), full=dict(epochs=1, backbone_lr=1e-3))
-
-def brief(folder, **changes):
-    return Study(**dict(name='brief', data=str(folder), models=('tiny-clip','tiny-siglip'), size=64, val=.3, recipes=BRIEF)|changes)
-
-def here(study, runs, **kwargs):
-    with ThreadPoolExecutor(1) as pool: return run_study(study, runs, pool, device='cpu', progress=False, **kwargs)
-
-@pytest.fixture(scope='module')
-def done(drawn, tmp_path_factory):
-    "A complete study. Not to be changed."
-    return here(brief(drawn), tmp_path_factory.mktemp('runs'))
+@pytest.fixture
+def done(finished): return finished
 
 @pytest.fixture
 def root(done, tmp_path): return Path(shutil.copytree(done, tmp_path/done.name))

@@ -54,34 +54,34 @@ def test_linear_probe_leaves_everything(name, data, images):
     assert torch.equal(pooled_maps(fitted.backbone.requires_grad_(False), images), frozen_maps(name, images))
 
 @pytest.mark.parametrize('tier,name', [*(('lora',n) for n in TINY), *((t,n) for t in ('full','lp_ft') for n in ('tiny-clip','tiny-siglip'))]) # adapters are merged family by family
-def test_a_step_of_length_zero_moves_nothing(name, tier, forty, images):
+def test_a_step_of_length_zero_moves_nothing(name, tier, two_dozen, images):
     still = dict(lr=0.)|({} if tier=='lora' else dict(backbone_lr=0.))
     recipe = make_recipe(TIERS[tier].recipe, epochs=1, class_weights='none', **still)
-    fitted = TIERS[tier].fit(load_backbone(name), forty, recipe)
+    fitted = TIERS[tier].fit(load_backbone(name), two_dozen, recipe)
     assert torch.equal(pooled_maps(fitted.backbone.requires_grad_(False), images), frozen_maps(name, images))
 
 @pytest.mark.parametrize('tier,name', [*(('lora',n) for n in TINY), *((t,n) for t in TIERS if t!='lora' for n in ('tiny-clip','tiny-siglip')), ('full','tiny-mae'), ('block_expansion','tiny-supervised')])
-def test_what_is_saved_is_what_was_measured(name, tier, forty, images):
+def test_what_is_saved_is_what_was_measured(name, tier, two_dozen, images):
     more = dict(every=2) if tier=='block_expansion' else {} # one new block at the very end would leave the maps of the others as they were
     recipe = make_recipe(TIERS[tier].recipe, epochs=1, lr=1e-3, **more)
-    fitted = TIERS[tier].fit(load_backbone(name), forty, recipe, seed=1)
+    fitted = TIERS[tier].fit(load_backbone(name), two_dozen, recipe, seed=1)
     again = TIERS[tier].restore(load_backbone(name), recipe, fitted.state).requires_grad_(False)
     assert torch.equal(pooled_maps(again, images), pooled_maps(fitted.backbone.requires_grad_(False), images))
     moved = (pooled_maps(again, images)-frozen_maps(name, images)).abs().max()
     assert moved==0 if tier=='linear' else moved>0
 
 @pytest.mark.parametrize('tier', list(TIERS))
-def test_same_seed_same_numbers(tier, forty):
+def test_same_seed_same_numbers(tier, two_dozen):
     recipe = make_recipe(TIERS[tier].recipe, epochs=1, batch=14)
-    a,b,c = (TIERS[tier].fit(load_backbone('tiny-clip'), forty, recipe, seed=s) for s in (0,0,1))
+    a,b,c = (TIERS[tier].fit(load_backbone('tiny-clip'), two_dozen, recipe, seed=s) for s in (0,0,1))
     assert numbers(a).equals(numbers(b)) and all(torch.equal(v, b.state[k]) for k,v in a.state.items())
     assert not numbers(a).equals(numbers(c))
 
-def test_adapters_change_q_and_v_alone(forty):
+def test_adapters_change_q_and_v_alone(two_dozen):
     backbone = load_backbone('tiny-dinov3'); names = add_adapters(backbone, LoraRecipe())
     assert len(names)==8 and all(n.split('.')[-1] in ('q_proj','v_proj') for n in names)
     merge_adapters(backbone)
-    fitted = fit_lora(backbone, forty, LoraRecipe(epochs=1))
+    fitted = fit_lora(backbone, two_dozen, LoraRecipe(epochs=1))
     frozen = load_backbone('tiny-dinov3').state_dict()
     changed = {k for k,v in fitted.backbone.state_dict().items() if not torch.equal(v, frozen[k])}
     assert changed=={f'model.{n}.weight' for n in names}
@@ -106,10 +106,10 @@ def test_a_loss_that_is_not_finite_stops(data):
     with torch.no_grad(): next(p for p in backbone.parameters() if p.requires_grad).fill_(float('nan'))
     with pytest.raises(FloatingPointError, match='learning rate'): fit_full(backbone, data, FullRecipe(epochs=1))
 
-def test_weights_of_another_model_are_refused(forty):
-    state = fit_full(load_backbone('tiny-clip'), forty, FullRecipe(epochs=1)).state
+def test_weights_of_another_model_are_refused(two_dozen):
+    state = fit_full(load_backbone('tiny-clip'), two_dozen, FullRecipe(epochs=1)).state
     with pytest.raises(ValueError, match='tiny-dinov2'): TIERS['full'].restore(load_backbone('tiny-dinov2'), FullRecipe(), state)
-    adapters = fit_lora(load_backbone('tiny-clip'), forty, LoraRecipe(epochs=1)).state
+    adapters = fit_lora(load_backbone('tiny-clip'), two_dozen, LoraRecipe(epochs=1)).state
     with pytest.raises(ValueError, match='tiny-dinov2'): TIERS['lora'].restore(load_backbone('tiny-dinov2'), LoraRecipe(), adapters)
 
 def test_full_fine_tuning_can_learn(data):

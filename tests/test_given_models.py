@@ -284,15 +284,15 @@ def stopped_after(steps):
     finally: training._gradients = real
 
 @pytest.mark.parametrize('fit,recipe', ((fit_full, FullRecipe(epochs=3, batch=20)), (fit_lora, LoraRecipe(epochs=3, batch=20)), (fit_linear, LinearRecipe(epochs=3, batch=20))))
-def test_a_checkpoint_belongs_to_its_encoder(fit, recipe, forty, tmp_path):
+def test_a_checkpoint_belongs_to_its_encoder(fit, recipe, two_dozen, tmp_path):
     "Two encoders of one shape: what one began is not what the other goes on with."
-    steps = -(-len(forty.split.train)//20)
-    with stopped_after(2*steps): fit(load_backbone('tiny-siglip'), forty, recipe, 0, 'cpu', tmp_path)
+    steps = -(-len(two_dozen.split.train)//20)
+    with stopped_after(2*steps): fit(load_backbone('tiny-siglip'), two_dozen, recipe, 0, 'cpu', tmp_path)
     with pytest.raises(ValueError, match='differs in the encoder that it started from'):
-        fit(load_backbone('tiny-siglip2'), forty, recipe, 0, 'cpu', tmp_path)
-    with pytest.raises(ValueError, match='differs in recipe'): fit(load_backbone('tiny-siglip'), forty, replace(recipe, epochs=4), 0, 'cpu', tmp_path)
-    with pytest.raises(ValueError, match=r'differs in seed \(0 there, 1 here\)'): fit(load_backbone('tiny-siglip'), forty, recipe, 1, 'cpu', tmp_path)
-    again = fit(load_backbone('tiny-siglip'), forty, recipe, 0, 'cpu', tmp_path); whole = fit(load_backbone('tiny-siglip'), forty, recipe, 0)
+        fit(load_backbone('tiny-siglip2'), two_dozen, recipe, 0, 'cpu', tmp_path)
+    with pytest.raises(ValueError, match='differs in recipe'): fit(load_backbone('tiny-siglip'), two_dozen, replace(recipe, epochs=4), 0, 'cpu', tmp_path)
+    with pytest.raises(ValueError, match=r'differs in seed \(0 there, 1 here\)'): fit(load_backbone('tiny-siglip'), two_dozen, recipe, 1, 'cpu', tmp_path)
+    again = fit(load_backbone('tiny-siglip'), two_dozen, recipe, 0, 'cpu', tmp_path); whole = fit(load_backbone('tiny-siglip'), two_dozen, recipe, 0)
     assert all(torch.equal(v, whole.state[k]) for k,v in again.state.items())
 
 def test_another_number_of_processes_is_said(tmp_path):

@@ -59,7 +59,7 @@ def test_wings_stand_in_line():
             wing = (*base,*(node.module or '').split('.'))[0]
             assert order.index(wing)<=order.index(here[0]), f"{'.'.join(here)} imports {wing}, which stands after it"
 
-RUN_FILE = r'(recipe|run)\.json|(history|predictions|images)\.csv|(maps|features|model|best|last|start)\.safetensors|(metrics|means|start|start-means)\.parquet'
+RUN_FILE = r'(recipe|run)\.json|(history|predictions|images|moments)\.csv|(maps|features|model|best|last|start|moments)\.safetensors|(metrics|means|start|start-means|moments)\.parquet'
 
 def opened_files(tree):
     "What code of a study reads by itself: files of a run by their names, or any file in one of their formats."
@@ -163,5 +163,5 @@ def test_no_machine_and_no_secret_in_any_file():
     files = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split('\n')
     for f in filter(None, files):
         p = ROOT/f
-        if p.is_symlink() or p.suffix in ('.png','.safetensors') or f.startswith('tests/test_house'): continue
+        if p.is_symlink() or p.suffix in ('.png','.jpg','.safetensors') or f.startswith('tests/test_house'): continue
         assert not re.search(r'/root/|/work/main|/home/\w+/', p.read_text(encoding='utf-8')), f

@@ -395,9 +395,9 @@ def test_a_share_that_is_too_small_or_too_large(root):
     with pytest.raises(ValueError, match='validation would take 11 of 12'): make_split(churches, val=.9)
     assert len(make_split(churches, val=.34).val)==5
 
-def test_adapters_and_classifier_have_rates_of_their_own(forty):
+def test_adapters_and_classifier_have_rates_of_their_own(two_dozen):
     recipe = LoraRecipe(epochs=1, lr=1e-3, adapter_lr=1e-4)
-    history = fit_lora(load_backbone('tiny-clip'), forty, recipe).history
+    history = fit_lora(load_backbone('tiny-clip'), two_dozen, recipe).history
     assert {'lr_adapters','lr_classifier'}<={*history} and (history.lr_classifier/history.lr_adapters).round(6).eq(10).all()
     with pytest.raises(ValueError, match='adapter_lr -1'): LoraRecipe(adapter_lr=-1.)
 

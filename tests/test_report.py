@@ -192,9 +192,11 @@ def test_files_of_the_paper(paper, analysis):
     assert {p.stem for p in (folder/'tables').iterdir()}=={e.name for e in shown if not e.is_figure}>={'frozen','shift','verdicts','control_contrasts','robustness','styles'}
     assert lacking['supervised'].startswith('no tier used boxes') and 'wikichurches_paths pages' in lacking['paths']
 
-def test_every_caption_says_what_a_number_needs(paper, analysis):
+def test_every_caption_says_what_a_number_needs(paper, analysis, drawn):
     for e in paper[1]:
-        for word in ('n: ','Unit: ','Interval: ','Tests: ','Metric: IoU@90','Data: set, 12 photographs'): assert word in e.caption, (e.name, word)
+        for word in ('n: ','Unit: ','Interval: ','Tests: ','Metric: IoU@90',f'Data: {drawn.name}, 12 photographs'): assert word in e.caption, (e.name, word)
+    birds = Analysis(analysis.path, analysis.facts|dict(called=['bird','birds']), analysis.tables, {})
+    assert 'n: 12 birds, 2 seeds' in caption(birds, 'shift') and 'church' not in caption(birds, 'shift')
     moved = Analysis(analysis.path, analysis.facts|dict(study=analysis.facts['study']|dict(data='world-boxed')), analysis.tables, {})
     assert 'Drawn data (world-boxed)' in caption(moved, 'shift') and 'n: 12 churches, 2 seeds' in caption(moved, 'shift') and 'seeds' not in caption(moved, 'frozen').split('Unit')[0]
 

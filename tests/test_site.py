@@ -1,7 +1,8 @@
 "The site up to Quarto, which only warns of what is dead: navigation, links and cross-references."
 import ast, importlib, json, os, re, shutil, subprocess, sys
+from html.parser import HTMLParser
 from pathlib import Path
-import pytest, yaml
+import pandas as pd, pytest, yaml
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT/'nbs'
@@ -22,6 +23,8 @@ def wrong_navigation(site):
     items = [i for item in site['navbar']['left']+site['navbar']['right'] for i in (item['menu'] if 'menu' in item else [item])]
     for href in (i['href'] for i in items if not i['href'].startswith('http')):
         page,_,anchor = href.partition('#')
+        if anchor and page.endswith('.ipynb'): wrong.append(href) # Quarto finds no notebook of such a name
+        page = page.replace('index.html', 'index.ipynb')
         if not (NBS/page).is_file() or anchor and anchor not in anchors((NBS/page).read_text() if page.endswith('.qmd') else md_of(NBS/page)): wrong.append(href)
     return wrong+['order of reading']*(listed[:9]!=['index.ipynb',*(f'{n}.ipynb' for n in LINE)])
 
@@ -33,8 +36,8 @@ def test_a_wrong_navigation_would_be_found():
     line = site['sidebar']['contents'][1]['contents']
     line.append(line.pop(0))
     site['sidebar']['contents'][2]['contents'].remove('00A_files.ipynb')
-    site['navbar']['left'][1]['menu'][0]['href'] = 'index.ipynb#nowhere'
-    assert wrong_navigation(site)==['00A_files.ipynb', 'index.ipynb#nowhere', 'order of reading']
+    site['navbar']['left'][1]['menu'][0]['href'] = 'index.html#nowhere'
+    assert wrong_navigation(site)==['00A_files.ipynb', 'index.html#nowhere', 'order of reading']
 
 def test_files_of_the_configuration():
     assert not (NBS/'_quarto.yml').is_symlink() and not (ROOT/'_quarto.yml').exists() # a symlink is a text file in a checkout on Windows
@@ -112,6 +115,70 @@ def test_nbdev_hands_every_page_to_quarto(processed):
     assert made['project']['output-dir']=='_docs' and made['website']['title']=='ssl_wikichurches'
     assert yaml.safe_load((processed/'_proc'/'_quarto.yml').read_text())==yaml.safe_load((NBS/'_quarto.yml').read_text())
 
+# ---- figures and tables
+
+def outputs(folder):
+    "Page, source and outputs of each cell that is shown."
+    for p in sorted(folder.glob('*.ipynb')):
+        for c in json.loads(p.read_text())['cells']:
+            if c['cell_type']=='code' and c['outputs']: yield p.name, ''.join(c['source']), [o.get('data', {}) for o in c['outputs']]
+
+class Rows(HTMLParser):
+    "Texts of a table's cells, row by row, and whether a row is of the head."
+    def __init__(self, html):
+        super().__init__()
+        self.rows,self.head,self.span = [],False,0
+        self.feed(html)
+    def handle_starttag(self, tag, attrs):
+        if tag in ('thead','tbody'): self.head = tag=='thead'
+        if tag=='tr': self.rows.append(([], self.head))
+        if tag in ('td','th'): self.span = int(dict(attrs).get('colspan', 1)); self.rows[-1][0].extend(['']*self.span)
+    def handle_data(self, text):
+        if self.span: self.rows[-1][0][-self.span:] = [self.rows[-1][0][-1]+text]*self.span
+    def handle_endtag(self, tag):
+        if tag in ('td','th'): self.span = 0
+
+def wrong_figures(cells):
+    "Figures without alt text, labels without caption, and a p that is printed as zero."
+    wrong,labels = [],[]
+    for name,code,shown in cells:
+        said = dict(re.findall(r'^#\| *([\w-]+): *(.*)', code, re.M))
+        kinds = {k for d in shown for k in d}
+        if any(k.startswith('image/') for k in kinds) and len(said.get('fig-alt', ''))<20: wrong.append((name, 'no alt text', code[-60:]))
+        if (label:=said.get('label')) and (f"{label[:3]}-cap" not in said or (label[:3]=='tbl')!=('text/html' in kinds)): wrong.append((name, 'no caption', label))
+        if label: labels.append((name, label))
+        for html in (''.join(d['text/html']) for d in shown if 'text/html' in d):
+            rows = Rows(html).rows
+            heads,body = [r for r,head in rows if head],[r for r,head in rows if not head]
+            for r in body:
+                of = [r[0], *(h[-k] for h in heads for k in range(1, len(r)+1) if k<=len(h) and re.fullmatch(r'0\.0+', r[-k]))]
+                if any(re.fullmatch(r'0\.0+', v) for v in r[1:]) and any(re.search(r'^(.*_)?p(_\w+)?$', o) for o in of): wrong.append((name, 'p of zero', r[0]))
+    return wrong+[(n, 'twice', l) for n,l in {*labels} if labels.count((n,l))>1]
+
+def test_figures_and_tables(processed):
+    found = [*outputs(processed/'_proc')]
+    assert not wrong_figures(found)
+    said = '\n'.join(code for _,code,_ in found)
+    assert said.count('fig-alt:')>=100 and said.count('#| fig-cap:')>=30 and said.count('#| tbl-cap:')>=30
+
+def test_wrong_figures_would_be_found(processed):
+    found = {code:(name, code, shown) for name,code,shown in outputs(processed/'_proc')}
+    name,code,shown = next(v for k,v in found.items() if 'label: fig-calibration' in k)
+    bare = re.sub(r'#\| fig-alt.*\n', '', code)
+    assert [w[1] for w in wrong_figures([(name, bare, shown)])]==['no alt text']
+    assert [w[1] for w in wrong_figures([(name, re.sub(r'#\| fig-cap.*\n', '', code), shown)])]==['no caption']
+    assert [w[1] for w in wrong_figures([(name, code, shown)]*2)]==['twice']
+    zero = [{'text/html':'<table><thead><tr><th></th><th>p</th></tr></thead><tbody><tr><td>a</td><td>0.000</td></tr></tbody></table>'}]
+    assert wrong_figures([('a', 'table', zero)])==[('a', 'p of zero', 'a')]
+
+def test_columns_are_in_the_legend():
+    "Of the tables that people see."
+    legend = md_of(NBS/'index.ipynb').partition('## Columns of the tables')[2].partition('\n## ')[0]
+    known = {*re.findall(r'`([\w@]+)`', legend)}
+    for table in ('demo/table','demo/verdicts','calibration/table'):
+        columns = {*pd.read_csv(ROOT/'results'/f'{table}.csv', nrows=0).columns}-{'model','tier'}
+        assert not (lost:={c for c in columns-known if not re.match(r'layout_|d_z_|d_av_', c)}), f'{table}: {lost}'
+
 def test_links_of_the_pages(processed):
     "Also those that nbdev made of names in backticks."
     url = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())['website']['site-url']
@@ -146,6 +213,12 @@ def test_entries_are_whole(processed):
     assert not broken_blocks(found) and not lost_comments(found)
     assert sum(len(c) for _,_,c in public_classes())>300
     assert sum('{.api-links}' in md for md,_ in found.values())>60
+
+def test_pages_are_made_without_the_study():
+    "The workflow of the site installs nothing but nbdev."
+    names = {a.name.partition('.')[0] for n in ast.walk(ast.parse((ROOT/'ssl_wikichurches'/'study'/'pages.py').read_text())) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module.partition('.')[0] for n in ast.walk(ast.parse((ROOT/'ssl_wikichurches'/'study'/'pages.py').read_text())) if isinstance(n, ast.ImportFrom)}
+    assert names<={*sys.stdlib_module_names}
 
 def test_broken_entries_would_be_found(processed):
     name = '06a_plan.ipynb'

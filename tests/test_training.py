@@ -40,10 +40,10 @@ def killed_after(monkeypatch, steps):
     monkeypatch.setattr(finetune, '_gradients', step)
 
 @pytest.fixture(scope='module')
-def trained(forty):
+def trained(two_dozen):
     "How a tier is trained, and what comes out without a break."
     def fit(tier, folder=None): # three steps an epoch
-        return TIERS[tier].fit(load_backbone('tiny-clip'), forty, make_recipe(TIERS[tier].recipe, epochs=3, lr=1e-3, batch=14), 5, 'cpu', folder)
+        return TIERS[tier].fit(load_backbone('tiny-clip'), two_dozen, make_recipe(TIERS[tier].recipe, epochs=3, lr=1e-3, batch=9), 5, 'cpu', folder)
     return fit,cache(fit)
 
 @pytest.mark.parametrize('tier,steps', [*((t,4) for t in TIERS), *(('full',s) for s in (0,2,3,8))])
@@ -91,24 +91,24 @@ def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
 
 # ---- selection
 
-def test_best_and_last_are_both_kept(forty, monkeypatch):
+def test_best_and_last_are_both_kept(two_dozen, monkeypatch):
     "Of equally good epochs the first; that the second and the third are, and better than the others, is said by the test."
     real,recipe = finetune._validate,FullRecipe(epochs=4, lr=3e-3, backbone_lr=3e-4)
     def fit(select):
         order = iter((.2,.5,.5,.4))
         monkeypatch.setattr(finetune, '_validate', lambda *a: real(*a)|dict(val_balanced_accuracy=next(order)))
-        return fit_full(load_backbone('tiny-clip'), forty, replace(recipe, select=select))
+        return fit_full(load_backbone('tiny-clip'), two_dozen, replace(recipe, select=select))
     last,best = fit('last'),fit('best')
     assert last.best_epoch==best.best_epoch==2
     assert same(last.state, best.other) and same(last.other, best.state) and not same(last.state, best.state)
     for fitted,epoch in ((last,4),(best,2)): # the model that is handed over is the one that was chosen
-        logits,t = predict(StyleModel(fitted.backbone, fitted.classifier), forty.loader('val'))
-        assert F.cross_entropy(logits, t, forty.weight(recipe)).item()==pytest.approx(fitted.history.val_loss[epoch], rel=1e-5)
+        logits,t = predict(StyleModel(fitted.backbone, fitted.classifier), two_dozen.loader('val'))
+        assert F.cross_entropy(logits, t, two_dozen.weight(recipe)).item()==pytest.approx(fitted.history.val_loss[epoch], rel=1e-5)
     assert last.history.val_loss[4]!=pytest.approx(last.history.val_loss[2], rel=1e-3)
 
-def test_patience_ends_a_training(forty):
+def test_patience_ends_a_training(two_dozen):
     still = FullRecipe(epochs=9, lr=0., backbone_lr=0., patience=2)
-    fitted = fit_full(load_backbone('tiny-clip'), forty, still)
+    fitted = fit_full(load_backbone('tiny-clip'), two_dozen, still)
     assert len(fitted.history)==3 and fitted.best_epoch==1 # the first of equals
 
 @pytest.mark.parametrize('bad', [dict(select='first'), dict(patience=-1), dict(accumulate=0), dict(accumulate=33), dict(precision='int8')])
@@ -359,9 +359,9 @@ def test_lora_at_vit_b_size_adapts_24_projections():
 
 @pytest.mark.parametrize('changes', [dict(targets='qk'), dict(targets='v'), dict(targets='qkv'), dict(rslora=True), dict(dora=True)])
 @pytest.mark.parametrize('name', ['tiny-siglip','tiny-supervised'])
-def test_variants_of_lora_are_saved_and_restored(changes, name, forty, images):
+def test_variants_of_lora_are_saved_and_restored(changes, name, two_dozen, images):
     recipe = LoraRecipe(epochs=1, lr=1e-3, **changes)
-    fitted = fit_lora(load_backbone(name), forty, recipe)
+    fitted = fit_lora(load_backbone(name), two_dozen, recipe)
     again = TIERS['lora'].restore(load_backbone(name), recipe, fitted.state).requires_grad_(False)
     assert torch.equal(pooled_maps(again, images), pooled_maps(fitted.backbone.requires_grad_(False), images))
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from .metrics import upsample
 from ..backbones.registry import PUBLISHED
+from ..data.churches import box_corners, box_mask
 
 # %% ../../nbs/02c_plots.ipynb #33675646
 HOUSE = 'ssl_wikichurches.templates.house' # for `plt.style.context`: the look of every figure
@@ -32,7 +33,7 @@ def model_color(
 def show_overlay(
     image:torch.Tensor, # (3, s, s) in [0, 1]
     heat:torch.Tensor=None, # (g, g) map, drawn above the gray photograph; None: the photograph in color
-    boxes:torch.Tensor=None, # (n, 4) left, top, right, bottom in pixels
+    boxes:torch.Tensor=None, # (n, 4) left, top, right, bottom in pixels, perhaps with outlines (`box_mask`)
     ax:Axes=None,
     vmin:float=None, # ends of the color scale; None: of this map
     vmax:float=None,
@@ -47,8 +48,9 @@ def show_overlay(
     frame = dict(extent=(0,size,size,0), interpolation='nearest')
     ax.imshow((image.permute(1,2,0) if heat is None else image.mean(0)).numpy(), cmap='gray', vmin=0, vmax=1, **frame)
     if heat is not None: ax.imshow(upsample(heat, size).numpy(), cmap=cmap, alpha=.65, vmin=vmin, vmax=vmax, **frame)
-    for x0,y0,x1,y1 in ([] if boxes is None else boxes.tolist()):
-        ax.add_patch(Rectangle((x0,y0), x1-x0, y1-y0, fill=False, color=BOX_COLOR, lw=1.3))
+    for k,(x0,y0,x1,y1) in enumerate([] if boxes is None else box_corners(boxes).tolist()):
+        if boxes[k,4:].any(): ax.contour(box_mask(boxes[k][None], size), [.5], colors=BOX_COLOR, linewidths=1.3, extent=(0,size,0,size))
+        else: ax.add_patch(Rectangle((x0,y0), x1-x0, y1-y0, fill=False, color=BOX_COLOR, lw=1.3))
     ax.set(xlim=(0,size), ylim=(size,0)); ax.set_axis_off()
     return ax
 

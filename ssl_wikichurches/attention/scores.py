@@ -301,9 +301,9 @@ def _check_counts(maps, boxes, names, groups, parts):
 
 # %% ../../nbs/02e_scores.ipynb #91598891
 def _check_boxes(name, boxes, parts, size):
-    "The corners, if there is an area in the frame for each."
+    "The corners, with what outlines follow them, if there is an area in the frame for each."
     plain = box_corners(boxes).cpu()
-    if boxes.ndim!=2 or boxes.shape[-1]!=4 or not len(boxes):
+    if boxes.ndim!=2 or boxes.shape[-1]<4 or boxes.shape[-1]%4 or not len(boxes):
         raise ValueError(f"{name}: boxes are {tuple(boxes.shape)}: expected (b, 4), at least one; leave out images without a box")
     if parts is not None and len(parts)!=len(boxes):
         raise ValueError(f"{name} has {len(boxes)} boxes and {len(parts)} parts: expected a part for each box")
@@ -315,6 +315,7 @@ def _check_boxes(name, boxes, parts, size):
         raise ValueError(f"{name}: box {plain[odd][0].tolist()} has no area: expected left < right and top < bottom, finite, in pixels of the frame")
     away = (plain[:,:2]>=size).any(1)|(plain[:,2:]<=0).any(1)
     if away.any(): raise ValueError(f"{name}: box {plain[away][0].tolist()} lies outside the frame of {size} pixels: leave it out, or move it with the image")
+    if boxes.shape[-1]>4: plain = boxes.as_subclass(torch.Tensor).cpu()
     if not box_mask(plain, size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
     return plain
 

@@ -280,16 +280,21 @@ def _parts_lack(backbone, read, seen):
     return ''
 
 # %% ../../nbs/01_backbones.ipynb #4f9c88c2
+def _numbers_lack(backbone):
+    "What is wrong with the weights, or with the size of the input, in words; '' if nothing."
+    spec,rest = backbone.spec,backbone.spec.size%backbone.spec.patch
+    if rest: return f"patches of {spec.patch} pixels do not fill an image of {spec.size}: load it with `size={spec.size-rest}`"
+    lost = next((k for k,p in backbone.model.named_parameters() if not p.sum().isfinite()), None)
+    return f"its {lost} holds values that are no numbers, or infinite" if lost else ''
+
 def check_encoder(
     backbone:Backbone,
+    known:bool=False, # its architecture was found in order before: look at its numbers alone
 )->Backbone: # the same
     "Raises, in one sentence, unless maps of `backbone` show what its feature is made of."
-    spec,rest = backbone.spec,backbone.spec.size%backbone.spec.patch
-    lacks = f"patches of {spec.patch} pixels do not fill an image of {spec.size}: load it with `size={spec.size-rest}`" if rest else ''
-    lost = next((k for k,p in backbone.model.named_parameters() if not p.sum().isfinite()), None)
-    if lost: lacks = f"its {lost} holds values that are no numbers, or infinite"
-    lacks = lacks or _calls_lack(backbone, _attention_shapes(backbone)) or _parts_lack(backbone, *_made_of(backbone))
-    if lacks: raise ValueError(f"{spec.name} cannot be measured: {lacks}")
+    lacks = _numbers_lack(backbone)
+    if not known: lacks = lacks or _calls_lack(backbone, _attention_shapes(backbone)) or _parts_lack(backbone, *_made_of(backbone))
+    if lacks: raise ValueError(f"{backbone.spec.name} cannot be measured: {lacks}")
     return backbone
 
 # %% ../../nbs/01_backbones.ipynb #b5b1add8
@@ -606,6 +611,14 @@ def _load_known(spec):
     return resized(backbone, spec)
 
 # %% ../../nbs/01_backbones.ipynb #d4b32003
+_IN_ORDER = set() # specifications and architectures that this process has loaded
+
+def _check_loaded(backbone):
+    key = backbone.spec,json.dumps(backbone.architecture, sort_keys=True)
+    check_encoder(backbone, key in _IN_ORDER)
+    _IN_ORDER.add(key)
+    return backbone
+
 def load_backbone(
     name_or_path:str, # key of `BACKBONES`, hub id, `hub:<repository>`, `timm/<model>`, `timm/<model>@<checkpoint>`, or a folder
     size:int=None, # side of the input in pixels, a multiple of the patch; None: the model's own
@@ -616,7 +629,7 @@ def load_backbone(
     with torch.inference_mode(False), quiet_loading(), _readable(name):
         backbone = _load_known(BACKBONES[name]) if name in BACKBONES else _load_source(name)
         if size is not None: backbone = resized(backbone, replace(backbone.spec, size=size))
-        return check_encoder(backbone.eval().float())
+        return _check_loaded(backbone.eval().float())
 
 # %% ../../nbs/01_backbones.ipynb #46ad10c7
 def describe_encoder(

@@ -33,6 +33,7 @@ class LinearRecipe(Recipe):
         if self.augment and (self.views or self.solver!='adamw'):
             raise ValueError(f"augment draws new views in every epoch, but views {self.views} and solver {self.solver!r} are for features "
                              "that are computed once: choose one")
+        if self.measure: raise ValueError(f"measure is {self.measure!r}, but the attention of a linear probe is that of its frozen backbone: leave it out")
 
 # %% ../../nbs/03_finetune_linear.ipynb #dab6a714
 def pooled_features(

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
-from ..data.churches import box_mask
+from ..data.churches import box_corners, box_mask
 from .shift import by_church, holm, paired_shift
 
 # %% ../../nbs/05a_faithfulness.ipynb #5159f3e1
@@ -218,8 +218,9 @@ def pixel_rectangles(
     size:int, # side of the frame, in pixels
 )->torch.Tensor: # (at most k, 4) int64; right and bottom are the first pixels outside
     "The pixels whose centers a box holds; a box that holds none is left out."
+    boxes = box_corners(boxes)
     if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (k, 4)")
-    r = (boxes.as_subclass(torch.Tensor).double()-.5).ceil().long().clamp(0, size)
+    r = (boxes.double()-.5).ceil().long().clamp(0, size)
     return r[(r[:,2]>r[:,0])&(r[:,3]>r[:,1])]
 
 # %% ../../nbs/05a_faithfulness.ipynb #35df7f94

@@ -6,9 +6,11 @@
 __all__ = ['Placed', 'dask_executor', 'SubmititExecutor', 'slurm_options', 'slurm_executor', 'shares', 'open_executor']
 
 # %% ../../nbs/06q_cluster.ipynb #e319a6f5
-import os, threading, time
+import os, sys, threading, time
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import torch
 from ..data.files import available_cores, end_with_parent, local_locks
@@ -78,17 +80,31 @@ def dask_executor(
         if here: here.close()
 
 # %% ../../nbs/06q_cluster.ipynb #051cace9
-def _deliver(jobs, poll):
+@dataclass(eq=False)
+class _Job:
+    "A job that is in the queue, or waits to be put there."
+    future:Future
+    start:object # function that puts it there
+    queued:object=None # what submitit gave back
+
+    def step(self, slots):
+        "Whether nothing is left to do."
+        if self.future.cancelled():
+            if self.queued: self.queued.cancel(); slots.release()
+            return True
+        if not self.queued:
+            if slots.acquire(blocking=False): self.queued = self.start()
+            return False
+        if not self.queued.done(): return False
+        slots.release()
+        if self.future.set_running_or_notify_cancel():
+            try: self.future.set_result(self.queued.result())
+            except Exception as e: self.future.set_exception(e)
+        return True
+
+def _deliver(jobs, poll, slots):
     "Hand results of jobs to their futures, as they come."
-    while jobs:
-        for future,job in [*jobs]:
-            if future.cancelled(): job.cancel()
-            elif not job.done(): continue
-            elif future.set_running_or_notify_cancel():
-                try: future.set_result(job.result())
-                except Exception as e: future.set_exception(e)
-            jobs.remove((future,job))
-        time.sleep(poll)
+    while jobs := [j for j in jobs if not j.step(slots)]: time.sleep(poll)
 
 class SubmititExecutor(Executor):
     "Jobs of submitit as futures; within `batch` they are one array."
@@ -96,20 +112,22 @@ class SubmititExecutor(Executor):
         engine, # an executor of submitit
         threads:int=0, # of torch in each job; 0: as many as the job has cores
         poll:float=5., # seconds between looks at the queue
-    ): self.engine,self.placed,self.poll,self.held = engine,Placed(threads),poll,None
+        most:int=0, # jobs at a time, for an engine that has no queue; 0: all go there at once
+    ): self.engine,self.placed,self.poll,self.most,self.slots,self.held = engine,Placed(threads),poll,most,threading.Semaphore(most or sys.maxsize),None
 
-    def _watch(self, jobs): threading.Thread(target=_deliver, args=(jobs, self.poll), daemon=True).start()
+    def _watch(self, jobs): threading.Thread(target=_deliver, args=(jobs, self.poll, self.slots), daemon=True).start()
     def submit(self, function, *args):
-        job = Future(),self.engine.submit(self.placed, function, *args)
+        job = _Job(Future(), partial(self.engine.submit, self.placed, function, *args))
+        if not self.most: job.step(self.slots)
         if self.held is None: self._watch([job])
         else: self.held.append(job)
-        return job[0]
+        return job.future
 
     @contextmanager
     def batch(self):
         self.held = []
         try:
-            with self.engine.batch(): yield
+            with nullcontext() if self.most else self.engine.batch(): yield
             self._watch(self.held)
         finally: self.held = None
 
@@ -135,7 +153,8 @@ def slurm_executor(
     try: auto = submitit.AutoExecutor(folder, cluster=engine)
     except RuntimeError as e: raise ValueError(f"{e} From another machine, start the study where jobs are submitted") from e
     auto.update_parameters(**slurm_options(cluster, name))
-    return SubmititExecutor(auto, cluster.cpus, 5. if engine=='slurm' else .1)
+    if engine=='slurm': return SubmititExecutor(auto, cluster.cpus)
+    return SubmititExecutor(auto, cluster.cpus, .1, cluster.workers or max(1, available_cores()//(cluster.cpus or 1)))
 
 # %% ../../nbs/06q_cluster.ipynb #cc1aeaaf
 def shares(

@@ -7,8 +7,8 @@ __all__ = ['TIER_MARKERS', 'TIER_COLORS', 'CONTROL_COLOR', 'ON_DARK', 'PAGE_COLO
            'theme_colors', 'css_variables', 'css_color', 'forest_plot', 'slope_plot', 'ranking_plot', 'block_plot',
            'grid_plot', 'level_plot', 'against_plot', 'plain_metric', 'forest_figure', 'difference_figure',
            'level_figure', 'slope_figure', 'price_figure', 'headline_figure', 'tier_plot', 'tier_figure',
-           'ranking_figure', 'block_figure', 'against_figure', 'grid_figure', 'control_figure', 'forgetting_figure',
-           'head_levels_figure']
+           'ranking_figure', 'block_figure', 'against_figure', 'when_figure', 'grid_figure', 'control_figure',
+           'forgetting_figure', 'head_levels_figure']
 
 # %% ../../nbs/06d_figures.ipynb #2836e398
 import re
@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from ..attention.plots import BOX_COLOR, MODEL_COLORS, model_color, price_plot, require_columns
 from ..finetune.tiers import CONTROLS, FROZEN, LINEAR, TIERS, Tier
 from ..stats.shift import ONE_MODEL, RECIPE
+from .when import when_plot
 
 # %% ../../nbs/06d_figures.ipynb #fbce3013
 TIER_MARKERS = {FROZEN:'.'}|{t.name:t.marker for t in TIERS.values()}
@@ -358,6 +359,12 @@ def against_figure(table:pd.DataFrame, # of `study_table`
     for ax in axs[0,:-1]: ax.get_legend().remove()
     for ax in axs[0,1:]: ax.set_ylabel('')
     return fig
+
+def when_figure(table:pd.DataFrame, # of `when_table`
+    metric:str)->Figure:
+    "`when_plot`, a panel for each model and tier that was looked at while it trained."
+    groups = [(f'{m}  {t}',g) for (m,t),g in table.groupby(['model','tier'], sort=False)]
+    return _panels(groups, lambda g, ax: when_plot(g, ax, f'shift of {metric}'), 5 if len(groups)==1 else 8.4, lambda g: 2.6)
 
 # %% ../../nbs/06d_figures.ipynb #21fb9fbe
 def grid_figure(table:pd.DataFrame, # of `head_grid`, of all models and tiers

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from ..attention.plots import HOUSE
+from ..data.churches import CHURCH, reworded
 from ..data.files import write_file
 from .analysis import ABOUT, Analysis, Table
 from .calibration import calibration_plot
@@ -76,6 +77,8 @@ def _counted(a, t):
     seeds = len(a.facts['study']['seeds'])*(t.about.name!='frozen' and 'shift' in a)
     return f"n: {t.n or str(a.facts['n_churches'])+' churches'}"+f", {seeds} seed{'s'*(seeds!=1)}"*bool(seeds)
 
+def _worded(a, text): return reworded(text, a.facts.get('called', CHURCH)) # of patients or birds, where those are the groups
+
 def _origin(a):
     study = a.facts['study']
     if str(study['data']).startswith(('synthetic','world-')): return f"Drawn data ({study['data']}): churches and boxes were drawn by a program; numbers say whether the instrument works, not what real models do."
@@ -90,7 +93,7 @@ def caption(
     t = analysis.tables[table]
     a = t.about
     facts = f"Metric: {plain_metric(analysis.facts['metric'])}. {_counted(analysis, t)}. Unit: {a.unit or 'as the columns say'}. Interval: {a.interval or 'none'}. Tests: {a.family or 'none'}."
-    return ' '.join(filter(None, (shows or a.title+'.', facts, a.note, _origin(analysis))))
+    return _worded(analysis, ' '.join(filter(None, (shows or a.title+'.', facts, a.note, _origin(analysis)))))
 
 # %% ../../nbs/90_paper.ipynb #b5eb5a9b
 @dataclass(frozen=True, eq=False)
@@ -129,7 +132,7 @@ def path_figure(
     plt.close(figure)
     text = ('Accuracy (above) and shift of IoU@90 (below) on the straight line of weights from the linear probe (alpha 0) to the fine-tuned model (alpha 1). '
             f'n: {table.churches.max()} churches, {table.seeds.max()} seeds. Unit: accuracy in [0, 1]; the metric. Interval: over churches, 95 %, of means over seeds. Tests: none. {_origin(analysis)}')
-    return Exhibit('paths', text, figure),''
+    return Exhibit('paths', _worded(analysis, text), figure),''
 
 # %% ../../nbs/90_paper.ipynb #329e6a5c
 COLUMNS = dict(

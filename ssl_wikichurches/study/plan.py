@@ -70,6 +70,7 @@ class Study:
     split_seed:int=0 # of the churches that validate
     on_error:str='raise' # what to do with unreadable photographs: 'raise' or 'skip'
     recipes:dict=field(default_factory=dict) # tier -> {field: value}, where a recipe differs from its defaults (`tier_recipe`)
+    measure:str='' # when attention is looked at while it trains, in all tiers that move it: 'every_epoch', 'log', or steps; '': never (see `moments`)
     analysis:dict=field(default_factory=dict) # fields of `Declaration`, where it differs from its defaults
     cluster:dict=field(default_factory=dict) # fields of `Cluster`, where it differs from its defaults
 
@@ -100,7 +101,8 @@ def tier_recipe(
     method = tier_method(tier)
     if method.control: return tier_recipe(study, method.of)
     names = [n for n in dict.fromkeys((method.like, method.name, tier)) if n in study.recipes]
-    return make_recipe(method.recipe, **{k:v for n in names for k,v in study.recipes[n].items()})
+    said = dict(measure=study.measure) if study.measure and method.changes_attention else {}
+    return make_recipe(method.recipe, **said|{k:v for n in names for k,v in study.recipes[n].items()})
 
 # %% ../../nbs/06a_plan.ipynb #dc7071fc
 def _check_supervised(study, tier):
@@ -133,6 +135,11 @@ def _choices():
     from ssl_wikichurches.data.splits import LABELS
     return dict(labels=LABELS, geometry=GEOMETRIES, on_error=('raise','skip'))
 
+def _check_measure(measure):
+    from ssl_wikichurches.finetune.training import moments
+    if not isinstance(measure, str): raise ValueError(f"measure is {measure!r}: expected a text, such as 'every_epoch'")
+    moments(measure)
+
 # %% ../../nbs/06a_plan.ipynb #06a00018
 def _check_texts(field, values):
     if bad := [v for v in values if not isinstance(v, str)]: raise ValueError(f"{field} has {bad[0]!r}: expected a text")
@@ -144,6 +151,7 @@ def _check_fields(study):
     for t,changes in study.recipes.items():
         if not isinstance(changes, dict): raise ValueError(f"the recipe of {t} is {changes!r}: expected fields with their values, such as epochs = 3")
     if not NAME.fullmatch(study.name): raise ValueError(f"study name {study.name!r} names a folder: use letters, digits, '.', '_' and '-'")
+    if study.measure: _check_measure(study.measure)
     for f in ('labels','geometry','on_error'):
         if getattr(study, f)!=getattr(Study, f) and getattr(study, f) not in (known := _choices()[f]):
             raise ValueError(f"{f} is {getattr(study,f)!r}: expected one of {known}")

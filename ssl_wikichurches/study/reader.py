@@ -23,12 +23,12 @@ from ..backbones.encoders import load_backbone
 from ..backbones.forgetting import RunFeatures, load_features
 from ..data.churches import ChurchDataset, Churches, box_mask, church_id, eval_transform
 from ..data.download import load_churches
-from ..data.files import available_cores
+from ..data.files import available_cores, read_tensors
 from ..data.splits import Split, class_labels, load_split
 from ..finetune.training import load_classifier
 from ..finetune.tiers import FROZEN, tier_method
 from .plan import ANALYSIS, Run, Study, as_study, study_runs
-from .runs import store_scores
+from .runs import score_moments, store_scores
 
 # %% ../../nbs/06c_reader.ipynb #3dc72733
 RUN_KINDS = ('plain','supervised','control','all')
@@ -210,6 +210,11 @@ def has(self:OpenStudy, run:str, file:str)->bool:
     return (self.path/run/file).is_file()
 
 @patch
+def own_start(self:OpenStudy, run:str)->bool:
+    "Whether a run began with another network than its model's frozen one, and holds what that scored."
+    return self.has(run, 'start.parquet')
+
+@patch
 def maps(self:OpenStudy, run:str, start:bool=False)->StoredMaps:
     "All that is stored of a run's attention; or that of the network it started from."
     return load_maps(self.path/run/('start.safetensors' if start else 'maps.safetensors'))
@@ -244,6 +249,29 @@ def model(self:OpenStudy, run:str)->tuple: # as `load_run` gives
 def declared(self:OpenStudy)->dict: # as `freeze_analysis` gives; empty in folders that were made before it was kept
     "The analysis as it was declared, when, and what was changed since."
     return json.loads(path.read_text()) if (path := self.path/ANALYSIS).is_file() else {}
+
+# %% ../../nbs/06c_reader.ipynb #f35daa99
+@patch
+def moments(self:OpenStudy, run:str)->pd.DataFrame: # by step: epoch, train_loss, val_..., seconds; empty where nobody looked
+    "The looks at a training."
+    path = self.path/run/'moments.csv'
+    return pd.read_csv(path, index_col=0) if path.is_file() else pd.DataFrame(index=pd.Index([], name='step'))
+
+@patch
+def moment_scores(self:OpenStudy, run:str, metric:str=PRIMARY)->pd.DataFrame: # a row per image, a column per step
+    "What the looks at a training score: last block, mean over heads."
+    table = pq.read_table(self.path/run/'moments.parquet', columns=['image','step','value'], filters=[('metric','==',metric)]).to_pandas()
+    if table.empty: raise ValueError(f"{run} has no scores of its looks for metric {metric!r}")
+    return table.pivot(index='image', columns='step', values='value').dropna()
+
+@patch
+def moment_maps(self:OpenStudy, run:str)->tuple: # steps; (steps, n, g, g) float32, of the images of `photographs`
+    "The maps of the last block at the looks, mean over heads."
+    tensors,texts = read_tensors(self.path/run/'moments.safetensors')
+    model = self.keep('model of', lambda: dict(zip(self.runs.name, self.runs.model)))[run]
+    if tuple(json.loads(texts['images']))!=self.photographs(model).names:
+        raise ValueError(f"{run} was looked at on other images than the frozen run of its model, or in another order")
+    return tensors['steps'].tolist(),tensors['maps']
 
 # %% ../../nbs/06c_reader.ipynb #21801e68
 @patch(as_prop=True)
@@ -282,9 +310,10 @@ def read_means(self:OpenStudy,
     return known
 
 @patch
-def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False)->Cells:
-    "Every block and head of a run by one metric."
-    if (found := _read_cells(self.path/run/'metrics.parquet', metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
+def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False, start:bool=False)->Cells:
+    "Every block and head of a run by one metric; or of the network that it started from."
+    path = self.path/run/('start.parquet' if start else 'metrics.parquet')
+    if (found := _read_cells(path, metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
     return found
 
 # %% ../../nbs/06c_reader.ipynb #00a872a3
@@ -350,7 +379,7 @@ def scores(self:OpenStudy,
     if kind not in ('plain','control'):
         raise ValueError(f"kind is {kind!r}: expected 'plain' or 'control'; runs that used boxes are measured by folds, see `supervised_scores`")
     read = lambda r, start=False: self.values(r.name, metric, block, head, start=start)
-    start = lambda r: read(r, True) if kind=='control' and self.has(r.name, 'start.parquet') else None
+    start = lambda r: read(r, True) if kind=='control' and self.own_start(r.name) else None
     return self.keep(('scores',metric,block,head,kind), lambda: beside_frozen(self, read, kind, start)).copy(deep=False)
 
 @patch
@@ -464,6 +493,7 @@ def rescore(
         seen = opened.photographs(r.model)
         store_scores(opened.path/r.name, _same_images(opened, r), seen.boxes, seen.groups)
         if opened.has(r.name, 'start.safetensors'): store_scores(opened.path/r.name, _same_images(opened, r, True), seen.boxes, seen.groups, 'start')
+        if opened.has(r.name, 'moments.safetensors') and opened.moment_maps(r.name): score_moments(opened.path/r.name, seen.boxes, seen.groups, seen.size)
     return [*runs.name]
 
 # %% ../../nbs/06c_reader.ipynb #4795d950

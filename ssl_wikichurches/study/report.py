@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from matplotlib import pyplot as plt
 from ..attention.plots import HOUSE
 from ..attention.scores import higher_is_better
+from ..data.churches import CHURCH, reworded
 from ..data.download import load_churches
 from ..data.files import write_file
 from ..finetune.tiers import LINEAR
@@ -24,7 +25,7 @@ from ..stats.shift import ONE_MODEL, readable_table
 from .analysis import LEAST, Analysis, read_examples, write_examples
 from .detail import draw_examples
 from .figures import (against_figure, block_figure, css_color, css_variables, difference_figure, forest_figure, grid_figure, headline_figure,
-                                            level_figure, plain_metric, price_figure, ranking_figure, slope_figure)
+                                            level_figure, plain_metric, price_figure, ranking_figure, slope_figure, when_figure)
 from .plan import Declaration
 from .specificity import NOT_PRINTED, readable_result
 
@@ -185,11 +186,12 @@ def _found_heads(t):
     return f'Significant among all heads of a model and tier: {_count(up+down, int(t.heads.sum()), "heads")}, {up} up and {down} down.'
 def _found_accuracy(t): return f'Balanced accuracy {_range(t.balanced_accuracy, ".2f")}'+(f'; likeness to the frozen features (cka) {_range(t.cka.dropna(), ".2f")}' if t.cka.notna().any() else '')+'.'
 def _found_faithfulness(t): return f'{len(t.groupby(["model","tier","seed"]))} fine-tuned models were asked with the boxes filled.'
+def _found_turns(t): return f'Attention moves in {_count(int(t.moves.sum()), len(t), "trainings")} that were looked at.'
 def _found_costs(t): return f'A run took {_range(t.seconds, ".0f")} seconds.'
 
 FOUND = dict(shift=_found_shift, verdicts=_found_verdicts, tier_contrasts=_found_contrasts, controls=_found_controls, sensitivity=_found_sensitivity, frozen=_found_frozen,
              baselines=_found_baselines, supervised=_found_supervised, robustness=_found_robustness, style_tests=_found_styles, parts=_found_parts, blocks=_found_blocks,
-             heads=_found_heads, faithfulness=_found_faithfulness, costs=_found_costs)
+             heads=_found_heads, turns=_found_turns, faithfulness=_found_faithfulness, costs=_found_costs)
 
 def findings(
     analysis:Analysis,
@@ -197,7 +199,7 @@ def findings(
     "What every section of the report begins with."
     found = {k:f(analysis[k]) for k,f in FOUND.items() if k in analysis}
     if 'shift' in analysis: found |= dict(shift=_found_shift(analysis['shift'].query('tier!=@LINEAR')) if 'verdicts' in analysis else '', accuracy=_found_accuracy(analysis['shift']))
-    if 'style_tests' in found: found['styles'] = found.pop('style_tests')
+    found |= {section:found.pop(table) for table,section in dict(style_tests='styles', turns='when').items() if table in found}
     if analysis.examples: found['examples'] = 'The images with the smallest, the median and the largest shift of each model: a rule chose them, not a hand.'
     return found
 
@@ -228,7 +230,7 @@ def _headline_figures(a, metric):
 def _detail_figures(a, metric):
     shift = f'shift of {metric}'
     draw = dict(tier_contrasts=lambda t: difference_figure(t, metric), supervised=lambda t: price_figure(t, metric), styles=lambda t: ranking_figure(t, 'style', shift),
-                parts=ranking_figure, blocks=lambda t: block_figure(t, metric), head_grid=lambda t: grid_figure(t, metric))
+                when=lambda t: when_figure(t, metric), parts=ranking_figure, blocks=lambda t: block_figure(t, metric), head_grid=lambda t: grid_figure(t, metric))
     names = dict(supervised='price', head_grid='heads') # of figures, where not that of the table
     return {names.get(k, k):f(a[k]) for k,f in draw.items() if k in a}
 
@@ -245,7 +247,7 @@ def report_figures(
 
 ALTS = dict(headline='Shift of every model and tier with its interval, beside the controls', slopes='Level of each model, frozen and after each tier', frozen='Level of each frozen model, '
             'with chance and ceiling', tier_contrasts='Difference between tiers of a model', price='Shift and change of accuracy against the weight of the attention loss', styles='Shift by style',
-            parts='Kinds of building parts by shift of recall', blocks='Frozen and tuned level of every block', heads='Shift of every block and head', accuracy='Shift against accuracy and against what was kept')
+            parts='Kinds of building parts by shift of recall', blocks='Frozen and tuned level of every block', when='Shift and accuracy against the epoch', heads='Shift of every block and head', accuracy='Shift against accuracy and against what was kept')
 
 def _drawings(a):
     "name -> figure as a part of the page."
@@ -290,7 +292,7 @@ def _starred(table, row, columns, value, p):
 
 # %% ../../nbs/06l_report.ipynb #ad37d711
 DROPPED = dict(controls=['metric'], control_contrasts=['t','df'], tier_contrasts=['unit','t','df','d_z'], verdicts=['metric','layout_metric','p','n','seeds','sentence'],
-               supervised=['metric','kind','t'], style_tests=['discovery'], parts=['discovery'], robustness=['gain','discovery'], shift=[*NOT_PRINTED,'n','seeds']) # columns that a reader does not need
+               supervised=['metric','kind','t'], style_tests=['discovery'], parts=['discovery'], robustness=['gain','discovery'], shift=[*NOT_PRINTED,'n','seeds'], turns=['unit','sentence'], when=['unit']) # columns that a reader does not need
 SIGNED = re.compile('shift|difference|change|gain|beyond|inside|per_doubling|largest|smallest|_to_|suppressed|d_z|d_av|estimate|shift_low|t$')
 PLAIN = re.compile('(^|_)(p|holm)($|_)') # names of p-values
 
@@ -382,7 +384,7 @@ def result_text(
     if 'verdicts' in analysis: parts.append('\n'.join(analysis['verdicts'].sentence))
     for name,(title,columns) in more.items():
         if name in analysis: parts.append(f'{title}:\n'+analysis[name][columns].round(4).to_string(index=False, na_rep=''))
-    return '\n\n'.join([*parts, analysis_text(analysis.facts.get('analysis'))])
+    return reworded('\n\n'.join([*parts, analysis_text(analysis.facts.get('analysis'))]), analysis.facts.get('called', CHURCH))
 
 # %% ../../nbs/06l_report.ipynb #4a427fb1
 LEGEND = dict(shift='Each row is a model and a tier. Dot and line: mean shift and its 95 % interval, over churches and seeds where there are seeds; the pale bar behind it: over churches alone, of these very models. '
@@ -393,7 +395,8 @@ def _page(a):
     "What the template is filled with."
     facts,question = a.facts,"Does fine-tuning move attention towards the experts' boxes?" if 'verdicts' in a else 'Do frozen backbones look at what experts boxed?'
     said = dict(split_text=', '.join(f'{n} images for {p}' for p,n in facts['split'].items()), declared=analysis_text(facts.get('analysis')),
-                version_lines=[', '.join(f'{k} {v}' for k,v in r.items() if v) for r in facts['versions']], sentences=[*a['verdicts'].sentence] if 'verdicts' in a else [])
+                version_lines=[', '.join(f'{k} {v}' for k,v in r.items() if v) for r in facts['versions']], sentences=[*a['verdicts'].sentence] if 'verdicts' in a else [],
+                when_sentences=[*a['turns'].sentence] if 'turns' in a else [])
     top = dict(question=question, answer=answer(a), numbers=five_numbers(a), findings=findings(a), legend=LEGEND['shift' if 'shift' in a else 'frozen'],
                drawn=str(facts['study']['data']).startswith(('synthetic','world-')))
     about = dict(captions={k:t.caption for k,t in a.tables.items()}, rows={k:len(t.frame) for k,t in a.tables.items()}, least=LEAST, alts=ALTS, strip_width=int(STRIP*96))
@@ -406,12 +409,13 @@ def write_report(
     "Write a study's report as one HTML file."
     pages = Environment(loader=PackageLoader('ssl_wikichurches', 'templates'), autoescape=True)
     html = pages.get_template('report.html').render(**analysis.facts, **_page(analysis))
+    html = reworded(html, analysis.facts.get('called', CHURCH))
     return write_file(path or analysis.path.parent/'report.html', lambda p: p.write_text(html, encoding='utf-8'))
 
 # %% ../../nbs/06l_report.ipynb #8a75bdb6
 RESULT_FILES = dict(shift='table', supervised='supervised', supervision_contrasts='contrasts', controls='controls', verdicts='verdicts',
                     tier_contrasts='tier_contrasts', sensitivity='sensitivity',
-                    forgetting='forgetting', frozen='frozen') # table -> name of its file
+                    forgetting='forgetting', frozen='frozen', when='when', turns='turns') # table -> name of its file
 
 def _wanted(analysis):
     "Tables that are kept as result files; what frozen backbones score only where there is nothing else."
