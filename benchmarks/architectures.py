@@ -6,7 +6,7 @@
 One of each kind: of timm the smallest (by its name) of every kind of plain transformer, and one of every module of others; of transformers every type that
 classifies images or serves as a backbone. Weights are random, attention is made uneven, and plain transformers have two blocks. A model that loads is held to
 attention without a fused kernel: the softmax that the library itself computes then. Any other error than a refusal in one sentence ends the script."""
-import argparse, json, os, re, sys, tempfile, warnings
+import argparse, copy, json, os, re, sys, tempfile, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1'); os.environ['HF_HUB_OFFLINE'] = '1'
 import pandas as pd, timm, torch, transformers
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from ssl_wikichurches.attention.capture import pooled_maps
 from ssl_wikichurches.backbones.encoders import load_backbone
+from ssl_wikichurches.backbones.registry import FAMILIES
 
 PLAIN = ('vision_transformer','eva','beit','deit','vision_transformer_relpos','vision_transformer_hybrid','naflexvit','cait','xcit','convit','tnt',
          'vision_transformer_sam')
@@ -58,13 +59,17 @@ class Softmaxes(TorchFunctionMode):
 
 def unfused_rows(backbone, x):
     "What the library's own slow attention gives for the maps, (batch, blocks, heads, patches)."
+    backbone = copy.deepcopy(backbone)
     model,s = backbone.model,backbone.spec
     if s.family=='timm':
         fused = [m for m in model.modules() if getattr(m, 'fused_attn', False)]
         for m in fused: m.fused_attn = False
-    else: model.set_attn_implementation('eager')
+    else:
+        slow = type(model)._from_config(model.config, attn_implementation='eager', **FAMILIES[s.family].options).eval() # some choose the classes of their attention when they are made
+        slow.load_state_dict(model.state_dict()); backbone.model = model = slow
     with torch.no_grad(), Softmaxes() as soft: backbone(x)
     if s.pooling=='class': return torch.stack([a[:,:,0,s.n_prefix:] for a in soft.seen], 1)
+    if s.pooling=='mean': return torch.stack([a[:,:,s.n_prefix:,s.n_prefix:].mean(2) for a in soft.seen], 1)
     if s.family!='timm': # the head is an nn.MultiheadAttention
         tokens = model(**backbone._inputs(x)).last_hidden_state
         return model.head.attention(model.head.probe.repeat(len(x),1,1), tokens, tokens, average_attn_weights=False)[1][:,:,0][:,None]
@@ -87,11 +92,10 @@ def transformers_types():
     return sorted({*auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, *auto.MODEL_FOR_BACKBONE_MAPPING_NAMES, *TOWERS}-TWO)
 
 def transformers_folder(folder, name):
-    from ssl_wikichurches.backbones.registry import FAMILIES
     family = next((f for f in FAMILIES.values() if name in f.types), None)
     if family is None: return (folder/'config.json').write_text(json.dumps(dict(model_type=name))) # its type is enough to be refused
-    small = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16)|family.tiny
-    uneven(transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **small))).save_pretrained(folder)
+    small = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, patch_size=16)|(dict(num_patches=16) if family.patchified else dict(image_size=64))|family.tiny
+    uneven(transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name, **small), **family.options)).save_pretrained(folder)
 
 def outcome(folder, name, make):
     "Exact or refused, largest difference, largest weight of a map, and the sentence."

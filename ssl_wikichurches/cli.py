@@ -10,7 +10,7 @@ __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_st
            'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny', 'wikichurches_plan', 'wikichurches_calibrate']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
-import sys, tempfile, time, tomllib, traceback
+import re, sys, tempfile, time, tomllib, traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -33,6 +33,11 @@ def _write_trace(command, error):
     except OSError: return save(tempfile.gettempdir())
 
 # %% ../nbs/07_cli.ipynb #c2390001
+def _said(error):
+    "What an error says; of a server that cannot be reached its name, not all that was tried."
+    host = re.search(r"HTTPS?Connection(?:Pool)?\(host='([^']+)'", str(error))
+    return f'{host[1]} does not answer: there is no network, or a proxy is needed (HTTPS_PROXY)' if host else str(error)
+
 @contextmanager
 def plain_errors(
     command:str, # its name, before the message
@@ -42,7 +47,7 @@ def plain_errors(
     try: yield
     except Exception as e:
         if debug: raise
-        if isinstance(e, EXPECTED): raise SystemExit(f'{command}: {e}') from None
+        if isinstance(e, EXPECTED): raise SystemExit(f'{command}: {_said(e)}') from None
         raise SystemExit(f'{command}: {one_line(e)} (traceback in {_write_trace(command, e)})') from None
 
 # %% ../nbs/07_cli.ipynb #b6e4fe2f
@@ -261,16 +266,16 @@ def wikichurches_explore(
     root:str, # folder of a study
     folder:store_true=False, # write a folder with everything, for a static host, in place of one page
     out:str=None, # HTML file, or that folder; explorer.html or explorer/ in the study's folder where not given
-    limit:float=20, # of the page, in megabytes: what does not fit is left out, and said so
+    limit:float=None, # of the page, in megabytes, what does not fit is left out, and said so; what a mail takes where not given
     debug:store_true=False, # raise errors as they are
 ):
     "Write a page to move through a study's photographs, maps, blocks and heads."
     with plain_errors('wikichurches_explore', debug):
         root = study_folder(root)
-        from ssl_wikichurches.study.explorer import write_explorer, write_explorer_folder
+        from ssl_wikichurches.study.explorer import LIMIT, write_explorer, write_explorer_folder
         from ssl_wikichurches.study.reader import open_study
         opened = open_study(root)
-        written = write_explorer_folder(opened, out) if folder else write_explorer(opened, out, limit)
+        written = write_explorer_folder(opened, out) if folder else write_explorer(opened, out, limit or LIMIT)
         print(f'explorer: {written.path} ({written.size/1e6:.1f} MB). {written.holds}')
 
 # %% ../nbs/07_cli.ipynb #b0abcd43

@@ -21,6 +21,7 @@ from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot
 from ssl_wikichurches.study.analysis import analyse
 from ssl_wikichurches.study.reader import open_study
+from ssl_wikichurches.attention.scores import score_maps
 from ssl_wikichurches.study.report import write_report
 from ssl_wikichurches.study.tables import study_table
 
@@ -265,8 +266,12 @@ def test_blocks_by_every_pattern_of_signs(done):
     np.testing.assert_allclose(clip.before, before.mean()); np.testing.assert_allclose(clip.after-clip.before, clip['shift'], atol=1e-15)
     assert (clip.n==12).all() and (clip.seeds==2).all() and (clip.p_step_down<=clip.p_max_t).all()
     last = study_table(open_study(done)).query("tier=='lora'").set_index('model')['shift']
-    for m,g in t.groupby('model'): assert abs(g['shift'].iloc[-1]-last[m])<1e-14
-    assert t[t.model=='tiny-siglip'].reader.tolist()==['pooling head'] and (clip.reader=='class token').all()
+    for m,g in t[t.reader!='received'].groupby('model'): assert abs(g['shift'].iloc[-1]-last[m])<1e-14
+    siglip = t[t.model=='tiny-siglip']; blocks = siglip[siglip.reader=='received']; assert siglip.reader.tolist()==['pooling head']+['received']*4*(len(blocks)//4) and (clip.reader=='class token').all()
+    stored = open_study(done).maps('tiny-siglip-frozen'); seen = open_study(done).photographs('tiny-siglip')
+    for k in (0,3): # by hand, of the frozen model
+        own = score_maps(stored.received[:,k].mean(1), seen.boxes, [*seen.names], seen.size, only=['iou@90']).set_index('image').value
+        assert blocks[blocks.block==k].before.iloc[0]==pytest.approx(own.groupby(open_study(done).groups(own.index)).mean().mean(), abs=1e-12)
 
 def set_levels(root, run, levels, noise=0., seed=0):
     "Give every image of a run these levels by block and head; 'mean' is their mean."
@@ -317,7 +322,7 @@ def test_incomplete_studies(root):
     with pytest.raises(ValueError, match="no complete frozen run of 'tiny-clip'"): head_grid(open_study(root), 'tiny-clip', 'lora')
     with pytest.raises(ValueError, match="none of tier 'full'"): head_grid(open_study(root), 'tiny-siglip', 'full')
     html = write_report(analyse(open_study(root))).read_text() # only a pooling head is left
-    assert 'no depth to look into' in html and 'pooling head' in html and len(html)<3_000_000
+    assert 'no depth to look into' not in html and 'received' in html and 'pooling head' in html and len(html)<3_000_000
 
 def test_linear_probes_have_nothing_to_divide(root):
     for k in (0,1):

@@ -278,7 +278,7 @@ def test_what_is_left_out_is_said(opened, show, tmp_path):
     page = show(write_explorer(opened, tmp_path/'small.html', limit=.01).path, '#model=tiny-clip&tier=full&head=1')
     name = state(page)['photo']
     text = page.locator('.wc-missing').inner_text()
-    assert 'not in this page' in text and f"{opened.values(RUN, head='1')[name]:.4f}" in text and 'folder' in text and 'Left out: those of all other blocks' in page.locator('footer').inner_text()
+    assert 'not in this page' in text and f"{opened.values(RUN, head='1')[name]:.4f}" in text and 'folder' in text and 'Left out: those of every third block before it' in page.locator('footer').inner_text()
     page.keyboard.press('<'); page.keyboard.press('<'); settled(page)
     assert state(page)['head']=='mean' and numbers(page)[1]==opened.values(RUN)[name]
 

@@ -1,13 +1,14 @@
 "Models as people have them: what is read as it is, and what is refused, in which words."
-import json, os
+import importlib.util, json, os
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 import peft, pytest, timm, torch, transformers as T
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from ssl_wikichurches.attention.attribution import attention_flow, gmar, gmar_weights, gradient_attention, grad_cam, rollout, token_rollout, value_norm
-from ssl_wikichurches.attention.capture import capture_attention, maps_and_prefix, pooled_maps, received_maps
+from ssl_wikichurches.attention.attribution import attention_flow, gmar, gmar_weights, gradient_attention, grad_cam, rollout, token_rollout, value_norm, value_vectors
+from ssl_wikichurches.attention.capture import capture_attention, maps_and_prefix, pooled_maps, read_pooled, received_maps
 from ssl_wikichurches.attention.maps import compute_maps, load_maps, save_maps
 from ssl_wikichurches.backbones import encoders
 from ssl_wikichurches.backbones.encoders import check_encoder, load_backbone, save_backbone
@@ -47,19 +48,72 @@ def refused(folder, words):
 
 REFUSED = {
     'deit_tiny_distilled_patch16_224': 'made of tokens 0, 1, and a map shows the attention of token 0 alone',
-    'vit_relpos_base_patch16_clsgap_224': 'it averages its patches and leaves its class token aside',
-    'vit_base_patch16_siglip_gap_224': 'it averages its patches$',
-    'beit_base_patch16_224': 'it averages its patches', 'beitv2_base_patch16_224': 'it averages its patches', 'eva02_tiny_patch14_224': 'it averages its patches',
     'vit_tiny_r_s16_p8_224': 'from 5 to 5 tokens, and those of 1 tokens before the patches and 8 x 8',
-    'vit_small_patch16_18x2_224': '2 blocks make 4 calls', 'cait_xxs24_224': 'from 1 to 17 tokens', 'xcit_nano_12_p16_224': '2 blocks make 2 calls|from .* tokens',
+    'vit_small_patch16_18x2_224': '2 blocks make 4 calls', 'cait_xxs24_224': 'only a class token attends', 'xcit_nano_12_p16_224': 'only a class token attends',
     'convit_tiny': 'make 0 calls|computes attention by hand', 'samvit_base_patch16': 'no vision transformer|cannot be measured'}
 
 @pytest.mark.parametrize('arch', REFUSED)
 def test_encoders_whose_maps_would_be_of_something_else(arch, tmp_path):
     options = dict(cait_xxs24_224=dict(), convit_tiny=dict(local_up_to_layer=2)).get(arch, {})
-    if arch=='eva02_tiny_patch14_224': options = dict(img_size=56)
     _,folder = timm_folder(tmp_path, arch, **options)
     refused(folder, REFUSED[arch])
+
+spec = importlib.util.spec_from_file_location('architectures', Path(__file__).parent.parent/'benchmarks'/'architectures.py')
+walk = importlib.util.module_from_spec(spec); spec.loader.exec_module(walk)
+
+AVERAGED = {'vit_base_patch16_siglip_gap_224':{}, 'beit_base_patch16_224':{}, 'eva02_tiny_patch14_224':dict(img_size=56), 'vit_relpos_base_patch16_clsgap_224':{}, 'vit_so150m_patch16_reg4_gap_256':{}}
+BROUGHT = 'vit','vit_msn','ijepa','beit','data2vec-vision','siglip2_vision_model','chinese_clip_vision_model'
+
+@pytest.fixture(scope='module', params=[*AVERAGED, *BROUGHT])
+def brought(request, tmp_path_factory):
+    "Encoders that average their patches, and types of transformers that the study does not know by name; weights make attention uneven."
+    name,tmp = request.param,tmp_path_factory.mktemp('m')
+    if name in AVERAGED: return load_backbone(timm_folder(tmp, name, lambda m: walk.uneven(m).state_dict(), **AVERAGED[name])[1])
+    torch.manual_seed(0); walk.transformers_folder(tmp, name)
+    return load_backbone(tmp)
+
+def test_maps_of_brought_encoders_are_of_their_own_attention(brought):
+    x = images(brought.spec.size); maps,prefix = maps_and_prefix(brought, x)
+    torch.testing.assert_close(maps.flatten(-2), walk.unfused_rows(brought, x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps.sum((-2,-1))+prefix.sum(-1), torch.ones(maps.shape[:3]))
+    assert brought.spec.pooling=='head' or maps.shape[1]==brought.depth
+    if brought.spec.pooling=='mean':
+        assert torch.equal(maps, received_maps(brought, x)) and compute_maps(brought, ['a','b'], x).header.rows=='received'
+        with capture_attention(full=True) as seen: brought(x)
+        torch.testing.assert_close(read_pooled(brought, seen.records), maps, atol=1e-6, rtol=0)
+        with torch.no_grad(), capture_attention() as seen: brought(x)
+        with pytest.raises(ValueError, match='query 0 alone was captured'): read_pooled(brought, seen.records)
+
+def test_features_of_brought_encoders_and_their_attribution(brought, tmp_path):
+    x,t = images(brought.spec.size),torch.tensor([0,1]); classifier = torch.nn.Linear(brought.dim, 4); n = brought.spec.n_prefix
+    with torch.no_grad(): again,f = load_backbone(save_backbone(brought, tmp_path/'b')),brought(x)
+    with torch.no_grad(): assert torch.equal(again(x), f) and again.spec==brought.spec
+    if brought.spec.family in ('ijepa','vit','msn'):
+        with torch.no_grad(): tokens = brought.model(**brought._inputs(x)).last_hidden_state
+        assert torch.equal(f, tokens.mean(1) if brought.spec.family=='ijepa' else tokens[:,0])
+    if brought.spec.pooling=='mean': # rollout by hand: half attention, half itself, and the mean over patches
+        with torch.no_grad(), capture_attention(full=True) as seen: brought(x)
+        rolled = torch.eye(n+brought.spec.grid**2)
+        for r in seen.records: rolled = (r.weights.mean(1)+torch.eye(rolled.shape[-1]))/2@rolled
+        torch.testing.assert_close(token_rollout(brought, x), rolled[:,n:].mean(1), atol=1e-6, rtol=0)
+        flow = attention_flow(brought, x); assert (flow>0).all() and (flow<=1).all()
+    for m in (gradient_attention(brought, classifier, x, t), grad_cam(brought, classifier, x, t), rollout(brought, x)): assert m.isfinite().all() and m.std()>0
+    if brought.spec.family=='beit' and brought.model.config.model_type=='data2vec-vision':
+        with pytest.raises(ValueError, match='takes more than its output'): value_vectors(brought, x)
+        return
+    vectors,constants = value_vectors(brought, x); assert vectors.isfinite().all() and vectors.shape[2]==n+brought.spec.grid**2
+
+def test_a_head_with_several_latents(tmp_path):
+    "The first counts, or the mean, after what the head does with them."
+    from timm.layers import AttentionPoolLatent
+    m,folder = timm_folder(tmp_path, 'vit_base_patch16_siglip_224'); b = load_backbone(folder); x = images(64)
+    for pool in ('token','avg'):
+        torch.manual_seed(0); b.model.attn_pool = AttentionPoolLatent(96, num_heads=4, latent_len=3, pool_type=pool).eval()
+        rows = walk.unfused_rows(b, x) if pool=='token' else None
+        with torch.no_grad(), capture_attention(full=True) as seen: b(x)
+        own = seen.records[-1].weights; own = own[:,:,0] if pool=='token' else own.mean(2)
+        torch.testing.assert_close(pooled_maps(b, x)[:,0].flatten(-2), own, atol=1e-6, rtol=0)
+        if rows is not None: torch.testing.assert_close(own, rows[:,0], atol=1e-6, rtol=0)
 
 def test_pixels_that_no_patch_sees(tmp_path):
     config = T.SiglipVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=52, patch_size=14)

@@ -31,6 +31,10 @@ def wrong_navigation(site):
 def test_navigation_lists_every_notebook_once():
     assert not wrong_navigation(yaml.safe_load((NBS/'_quarto.yml').read_text())['website'])
 
+def test_the_front_page_leads_to_every_notebook():
+    text = md_of(NBS/'index.ipynb')
+    assert not (lost:=[p.name for p in NOTEBOOKS if f']({p.name}' not in text and p.stem!='index']), f'no link to {lost} on the front page'
+
 def test_a_wrong_navigation_would_be_found():
     site = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']
     line = site['sidebar']['contents'][1]['contents']

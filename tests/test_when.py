@@ -17,6 +17,12 @@ HARD = dict(lora={}, full=dict(drop_path=.2), block_expansion={}) # chance in tr
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 
 @pytest.fixture(scope='module')
+def forty(data):
+    "At most ten training photographs of each style: three batches of 14."
+    y = data.labels[list(data.split.train)]
+    return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(10).index), val=data.split.val[::3]))
+
+@pytest.fixture(scope='module')
 def fitted(forty):
     "Three steps an epoch, two epochs."
     def fit(tier, measure='', folder=None, **how):

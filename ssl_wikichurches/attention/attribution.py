@@ -7,10 +7,11 @@ __all__ = ['token_rollout', 'rollout', 'predicted_class', 'gmar_weights', 'gmar'
            'value_vectors', 'value_norm', 'attention_flow']
 
 # %% ../../nbs/02a_attribution.ipynb #e678741c
+import inspect
 from contextlib import contextmanager
 import numpy as np, torch
 from torch import nn
-from .capture import capture_attention, check_calls, on_patches, on_tokens, require_evaluation, require_kept_blocks
+from .capture import capture_attention, check_calls, mean_row, on_patches, on_tokens, pooled_queries, require_evaluation, require_kept_blocks
 from ..backbones.encoders import Backbone
 
 # %% ../../nbs/02a_attribution.ipynb #1df8134d
@@ -54,7 +55,7 @@ def token_rollout(
         rolled[:] = [step@rolled[0] if rolled else step]
     with torch.no_grad(), capture_attention(read=read) as seen: backbone(images)
     check_calls(backbone, seen.n_keys)
-    return rolled[0][:,0].float()
+    return rolled[0][:,pooled_queries(backbone, backbone.spec.pooling=='head')].mean(1).float()
 
 # %% ../../nbs/02a_attribution.ipynb #8e3c8025
 def rollout(
@@ -63,7 +64,7 @@ def rollout(
     how:str='mean', # of the heads: 'mean', 'max' or 'min'
     start:int=0, # first block that counts
 )->torch.Tensor: # (batch, grid, grid) float32, not negative; sums to 1 less what stayed on prefix tokens
-    "Attention rollout of the class token, or of the pooling head's probe (Abnar and Zuidema, 2020)."
+    "Attention rollout of the class token, of the pooling head's probe, or the mean of the patches' (Abnar and Zuidema, 2020)."
     return on_patches(backbone, token_rollout(backbone, images, how, start))
 
 # %% ../../nbs/02a_attribution.ipynb #fc228325
@@ -133,20 +134,20 @@ def gmar_weights(
     return torch.stack(found[::-1], 1)
 
 # %% ../../nbs/02a_attribution.ipynb #8eb48682
-def _class_row(backbone, images):
-    "The row of the class token in an identity (batch, tokens): where following attention back begins."
+def _pooled_row(backbone, images):
+    "The mean row, in an identity, of the tokens that the feature is (batch, tokens): where following attention back begins; zero for a pooling head."
     row = torch.zeros(len(images), backbone.spec.n_prefix+backbone.spec.grid**2, device=images.device)
-    if backbone.spec.pooling=='class': row[:,0] = 1
+    if backbone.spec.pooling!='head': row[:,pooled_queries(backbone)] = 1/row[0,pooled_queries(backbone)].numel()
     return row
 
 def _follow(backbone, classifier, images, target, start, matrix, pass_on):
     "The pooled row after all blocks, last to first: `pass_on(row, matrix(weights, gradient))`; from a pooling head its matrix's own row."
-    start,row = _block_index(backbone, start),_class_row(backbone, images)
+    start,row = _block_index(backbone, start),_pooled_row(backbone, images)
     def take(i, weights, gradient):
         nonlocal row
         if i<start: return
         step = on_tokens(backbone, matrix(weights, gradient))
-        row = step[:,0] if i==backbone.depth else pass_on(row, step)
+        row = step[:,pooled_queries(backbone, True)].mean(1) if i==backbone.depth else pass_on(row, step)
     _backward(backbone, classifier, images, target, take)
     return row
 
@@ -262,6 +263,8 @@ def _output_maps(backbone, calls, exits, like):
     for i,(call,found) in enumerate(zip(calls, exits, strict=True)):
         bare = _bare_scale(backbone, backbone.layers[i]) if i<backbone.depth else None
         if call.out_proj is None and found['project'] is None: raise ValueError(f"no module follows attention call {i} of {backbone.spec.name}")
+        if call.out_proj is None and len(inspect.signature(found['project'].forward).parameters)>1:
+            raise ValueError(f"what follows attention in {backbone.spec.name} takes more than its output: the parts that tokens contribute cannot be told apart")
         if bare is not None and found['scale'] is not None: raise ValueError(f"block {i} of {backbone.spec.name} seems to have two LayerScales")
         def function(x):
             x = found['project'](x) if call.out_proj is None else nn.functional.linear(x, *call.out_proj)
@@ -278,8 +281,9 @@ def _moved(backbone, images):
         if call.out_proj is None: exits.call()
         else: exits.found.append(dict(project=None, scale=None))
         calls.append(call)
-        pooled = backbone.spec.pooling=='class' or len(calls)>backbone.depth
-        row = call.weights(rows=slice(1))[:,:,0,:,None]*call.value.float() if pooled else None
+        head = len(calls)>backbone.depth
+        pooled = backbone.spec.pooling!='head' or head
+        row = mean_row(call, pooled_queries(backbone, head))[:,:,0,:,None]*call.value.float() if pooled else None
         moved.append(None if row is None else on_tokens(backbone, row.permute(0,1,3,2)).permute(0,3,1,2).flatten(2))
     with torch.no_grad(), _watching(backbone.model, exits), capture_attention(read=read) as seen: backbone(images)
     check_calls(backbone, seen.n_keys)
@@ -333,6 +337,7 @@ def attention_flow(
     with torch.no_grad(), capture_attention(read=lambda call: _fold(call, 'mean')) as seen: backbone(images)
     check_calls(backbone, seen.n_keys)
     steps = [on_tokens(backbone, a) if i==backbone.depth else _mixed(a) for i,a in enumerate(seen.records)][::-1]
+    if spec.pooling=='mean': steps = [_pooled_row(backbone, images)[:,None],*steps]
     flows = []
     for graph in (_pipes([s[b].double().cpu().numpy() for s in steps]) for b in range(len(images))):
         end = graph.shape[0]-spec.grid**2

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from .capture import artifact_patches, maps_and_prefix, received_maps
 from ..backbones.encoders import Backbone, BackboneSpec
+from ..backbones.registry import MAP_KINDS
 from ..data.files import read_tensors, write_tensors
 
 # %% ../../nbs/02g_maps.ipynb #36439c37
@@ -21,7 +22,7 @@ FORMAT = 2 # of the files; a reader refuses others
 @dataclass(frozen=True)
 class MapHeader:
     "What a file of maps holds."
-    rows:str # whose attention: 'class token', in every block, or 'pooling head', its probe
+    rows:str # whose attention, of `MAP_KINDS`: 'class token' or 'received' (by patches, in the mean over patches), in every block, or 'pooling head', its probe
     model:str # name of the backbone
     source:str # where its weights came from, before fine-tuning
     size:int # side of the input, in pixels
@@ -33,8 +34,7 @@ def map_header(
     spec:BackboneSpec,
 )->MapHeader:
     "The header of a backbone's maps."
-    rows = 'pooling head' if spec.pooling=='head' else 'class token'
-    return MapHeader(rows, spec.name, spec.source, spec.size, spec.patch, spec.n_prefix)
+    return MapHeader(MAP_KINDS[spec.pooling], spec.name, spec.source, spec.size, spec.patch, spec.n_prefix)
 
 # %% ../../nbs/02g_maps.ipynb #a8f4b1a9
 _TENSORS = 'maps','prefix','received','artifacts'
@@ -46,7 +46,7 @@ class StoredMaps:
     images:tuple # n file names
     maps:torch.Tensor # (n, L, H, g, g) raw weights of the pooled feature; L is 1 for a pooling head
     prefix:torch.Tensor # (n, L, H, n_prefix) what the same rows gave to the tokens before the patches
-    received:torch.Tensor # (n, blocks, heads, g, g) what patches receive, for a pooling head, which may have other heads; no blocks for a class token
+    received:torch.Tensor # (n, blocks, heads, g, g) what patches receive, for a pooling head, which may have other heads; no blocks otherwise, where `maps` has them
     artifacts:torch.Tensor # (n, g, g) bool, patches with unusually long tokens after the last block
 
     def __post_init__(self):

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['EPS', 'PRIOR_EPS', 'rank_accuracy', 'area_matched_iou', 'n_holding', 'mass_iou', 'average_precision',
            'average_precision_chance', 'dilate', 'pointing_game', 'nss', 'soft_target', 'mix_even', 'kl_divergence',
-           'similarity', 'correlation', 'emd', 'loo_prior', 'shuffled_auroc', 'shuffled_auroc_ceiling',
-           'information_gain', 'box_masks', 'box_scores', 'best_box', 'best_iou_chance']
+           'similarity', 'correlation', 'emd', 'loo_prior', 'densities_of_others', 'shuffled_auroc',
+           'shuffled_auroc_ceiling', 'information_gain', 'box_masks', 'hits_by_box', 'box_scores', 'best_box',
+           'best_iou_chance']
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #6a1242c4
+from functools import cache
 import numpy as np, torch
 from .capture import regrid
-from ..data.churches import box_mask
+from ..data.churches import masks_by_box
 from ssl_wikichurches.attention.metrics import (Places, Ranking, check_maps, coverage, inside, iou_of_top, n_kept, places_in,
     rank_pixels, shares)
 
@@ -22,8 +24,8 @@ def rank_accuracy(
     places:Places=None, # of the mask in these maps, if they have been found
 )->torch.Tensor: # (...) float64 in [0, 1]; chance a/n, ceiling 1
     "Share of hits among the top |mask| pixels: relevance rank accuracy (Arras et al., 2022)."
-    area = int(mask.sum())
-    return (places_in(maps, mask, places).at<area).sum(-1).double()/area
+    at = places_in(maps, mask, places).at
+    return (at<at.shape[-1]).sum(-1).double()/at.shape[-1]
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #37f42b79
 def area_matched_iou(
@@ -40,11 +42,14 @@ def n_holding(
     maps:torch.Tensor, # (..., h, w), not negative
     mass:float=.6, # share of the attention, in (0, 1]
     ranking:Ranking=None, # of these maps, if it has been made
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) int64
     "Size of the smallest set of pixels that holds a share of the attention."
     if not 0<mass<=1: raise ValueError(f"mass is {mass}: expected a share in (0, 1]")
-    values = (rank_pixels(maps) if ranking is None else ranking).values
-    return (shares(values[...,None]).cumsum(-1)<mass-1e-9).sum(-1)+1
+    ranking = rank_pixels(maps) if ranking is None else ranking
+    p = shares(maps) if p is None else p
+    held = p.gather(-1, ranking.order).cumsum(-1)
+    return torch.searchsorted(held, torch.full_like(held[...,:1], mass-1e-9))[...,0]+1
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #2e051fb2
 def mass_iou(
@@ -68,13 +73,16 @@ def average_precision(
     return (p.upto.double()/(p.last+1)).mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #269194d5
+@cache
+def _harmonic(n): return float((1/np.arange(1, n+1)).sum())
+
 def average_precision_chance(
     area:int, # pixels of the mask
     n:int, # pixels of the image
 )->float: # in (0, 1]
     "Mean of average precision over all orders of the pixels (Bestgen, 2015)."
     if area==n: return 1.
-    harmonic = float((1/np.arange(1, n+1)).sum())
+    harmonic = _harmonic(n)
     return (harmonic+(area-1)/(n-1)*(n-harmonic))/n
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #ef22c172
@@ -98,15 +106,16 @@ def pointing_game(
     check_maps(maps, mask)
     peak = maps==maps.amax((-2,-1), keepdim=True)
     near = dilate(mask, tolerance) if tolerance else mask
-    return (peak&near).sum((-2,-1)).double()/peak.sum((-2,-1))
+    return (peak&near).count_nonzero((-2,-1)).double()/peak.count_nonzero((-2,-1))
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #ddfddab8
-def _centered(flat):
-    "Values minus their mean, over their standard deviation; zero where all are equal."
-    off = flat.double()-flat.double().mean(-1, keepdim=True)
-    sd = off.square().mean(-1, keepdim=True).sqrt()
+def _centered(some, flat):
+    "Some values minus the mean of all, over the standard deviation of all; zero where all are equal."
+    off = flat.double()
+    mean = off.mean(-1, keepdim=True)
+    sd = (off-mean).square_().mean(-1, keepdim=True).sqrt()
     level = (flat.amax(-1, keepdim=True)==flat.amin(-1, keepdim=True))|(sd==0)
-    return (off/sd.masked_fill(level, 1)).masked_fill(level, 0)
+    return ((some.double()-mean)/sd.masked_fill(level, 1)).masked_fill_(level, 0)
 
 def nss(
     maps:torch.Tensor, # (..., h, w)
@@ -114,7 +123,8 @@ def nss(
 )->torch.Tensor: # (...) float64; chance 0, ceiling sqrt((1-g)/g)
     "Mean z-score inside the boxes: normalized scanpath saliency (Peters et al., 2005)."
     check_maps(maps, mask)
-    return inside(_centered(maps.flatten(-2)), mask).mean(-1)
+    flat = maps.flatten(-2)
+    return _centered(inside(flat, mask), flat).mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #caf8a466
 def soft_target(
@@ -123,9 +133,11 @@ def soft_target(
 )->torch.Tensor: # (..., grid, grid) float64, sums to 1
     "Share of the pixels in boxes that each patch holds."
     if masks.dtype!=torch.bool: raise ValueError(f"masks are {masks.dtype}: expected bool")
-    area = masks.sum((-2,-1), keepdim=True)
+    area,s = masks.count_nonzero((-2,-1))[...,None,None],masks.shape[-1]//grid
     if (area==0).any(): raise ValueError("a mask is empty: an image without a box in view has no target, so leave it out")
-    return regrid(masks.double(), grid)/area
+    whole = masks.shape[-2]==masks.shape[-1]==s*grid # patches hold whole pixels, which can be counted
+    held = masks.unflatten(-1, (grid,s)).sum(-1).unflatten(-2, (grid,s)).sum(-2) if whole else regrid(masks.double(), grid)
+    return held.double()/area
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #b1cc115e
 EPS = 1e-3 # share of even attention mixed into a map before its logarithm is taken
@@ -133,10 +145,11 @@ EPS = 1e-3 # share of even attention mixed into a map before its logarithm is ta
 def mix_even(
     p:torch.Tensor, # (..., n) distributions
     eps:float, # in [0, 1)
+    n:int=None, # places that the distributions are over; None: all of theirs are there
 )->torch.Tensor: # (..., n)
     "Distributions with a share of the even one mixed in."
     if not 0<=eps<1: raise ValueError(f"eps is {eps}: expected a share in [0, 1)")
-    return (1-eps)*p+eps/p.shape[-1]
+    return (1-eps)*p+eps/(n or p.shape[-1])
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #6bc54d23
 def _target(maps, target):
@@ -151,18 +164,20 @@ def kl_divergence(
     maps:torch.Tensor, # (..., g, g), not negative
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`
     eps:float=EPS, # share of even attention mixed into the map
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) float64 >= 0, in nats; lower is better
     "Divergence of a map from the target, KL(target || map) (Bylinskii et al., 2019)."
-    p,t = mix_even(shares(maps), eps),_target(maps, target)
+    p,t = mix_even(shares(maps) if p is None else p, eps),_target(maps, target)
     return (torch.special.xlogy(t, t)-torch.special.xlogy(t, p)).sum(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #d4bfe4c9
 def similarity(
     maps:torch.Tensor, # (..., g, g), not negative
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) float64 in [0, 1]
     "What two distributions share, sum of min(p, t): histogram intersection (Bylinskii et al., 2019)."
-    return torch.minimum(shares(maps), _target(maps, target)).sum(-1)
+    return torch.minimum(shares(maps) if p is None else p, _target(maps, target)).sum(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #fe6113a1
 def correlation(
@@ -171,11 +186,13 @@ def correlation(
 )->torch.Tensor: # (...) float64 in [-1, 1]; a constant map has 0
     "Pearson's correlation of a map and the target (Bylinskii et al., 2019)."
     if not torch.isfinite(maps).all(): raise ValueError("maps hold values that are not finite")
-    z = _centered(_target(maps, target))
+    t,flat = _target(maps, target),maps.flatten(-2)
+    z = _centered(t, t)
     if (z==0).all(-1).any(): raise ValueError("the target is the same everywhere: nothing can correlate with it")
-    return (_centered(maps.flatten(-2))*z).mean(-1)
+    return (_centered(flat, flat)*z).mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #56a46a8e
+@cache
 def _distances(h, w):
     "Between the centers of the patches, in sides of the image: (h*w, h*w)."
     y,x = np.divmod(np.arange(h*w), w)
@@ -187,7 +204,7 @@ def _transport(p, t, cost):
     i,j = np.flatnonzero(p>stays),np.flatnonzero(t>stays)
     if not (len(i) and len(j)): return 0.
     p,t = (p-stays)[i],(t-stays)[j]
-    value,log = ot.emd2(p/p.sum(), t/t.sum(), cost[i[:,None],j], numItermax=1_000_000, log=True)
+    value,log = ot.emd2(p/p.sum(), t/t.sum(), cost[i[:,None],j], numItermax=1_000_000, log=True, center_dual=False)
     if log['warning']: raise RuntimeError(f"no optimal transport was found: {log['warning']}")
     return float(value)*p.sum()
 
@@ -222,6 +239,24 @@ def loo_prior(
     mean = other/other.sum(1, keepdim=True)@(masks.flatten(1).double()/masks.flatten(1).sum(1, keepdim=True))
     return mix_even(mean, eps).reshape(masks.shape)
 
+# %% ../../nbs/02d_saliency_metrics.ipynb #f1ded323
+def densities_of_others(
+    masks:list, # n tensors (h, w) bool, each with a box
+    groups:list=None, # n churches, as for `loo_prior`
+): # function of the number of an image: (h, w) float64, as `loo_prior(masks, groups, eps=0)` has it
+    "Where a box of a random other image is, one image at a time."
+    groups,at = range(len(masks)) if groups is None else groups,[np.flatnonzero(m) for m in masks]
+    own,total = {},np.zeros(masks[0].numel())
+    for i,(group,a) in enumerate(zip(groups, at)):
+        own.setdefault(group, []).append(i)
+        total[a] += 1/len(a)
+    def others(i):
+        left = total.copy()
+        for j in own[groups[i]]: left[at[j]] -= 1/len(at[j])
+        left[left<.5/len(left)] = 0 # one mask adds at least 1/len(left): what is less is rounding
+        return torch.from_numpy(left).view(masks[0].shape)/(len(masks)-len(own[groups[i]]))
+    return others
+
 # %% ../../nbs/02d_saliency_metrics.ipynb #931e78ff
 def shuffled_auroc(
     maps:torch.Tensor, # (..., h, w): only the ranking of pixels is used
@@ -232,10 +267,10 @@ def shuffled_auroc(
     "Probability that a pixel in the boxes outranks one in another image's boxes (Tatler et al., 2005), ties one half."
     if others.shape!=maps.shape[-2:]:
         raise ValueError(f"maps are {tuple(maps.shape)}, others are {tuple(others.shape)}: expected one frame")
-    if (others<0).any() or not others.any():
+    if others.min()<0 or not others.max()>0:
         raise ValueError("others are negative, or zero everywhere: make them with `loo_prior(masks, eps=0)`")
     p = places_in(maps, mask, places)
-    w = others.flatten().double().take(p.ranking.order)
+    w = others.flatten().double().index_select(0, p.ranking.order.flatten()).view(p.ranking.order.shape)
     above = w.cumsum(-1)
     lost = (above.gather(-1, p.last)+above.gather(-1, p.first)-w.gather(-1, p.first))/2/above[...,-1:]
     return 1-lost.mean(-1)
@@ -246,7 +281,8 @@ def shuffled_auroc_ceiling(
     others:torch.Tensor, # (h, w) not negative
 )->float: # in [1/2, 1]
     "Shuffled AUROC of the best possible order, that of the likelihood ratio (Neyman & Pearson, 1933)."
-    return shuffled_auroc((2-others/others.max())*mask, mask, others).item()
+    w = np.sort(inside(others.flatten(), mask).double().cpu().numpy()) # the rarest among the others come first; what is outside comes last
+    return 1-float((w.cumsum()-w/2).mean()/others.double().sum())
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #c9845353
 def information_gain(
@@ -258,10 +294,10 @@ def information_gain(
 )->torch.Tensor: # (...) float64, in bits per pixel of the boxes
     "How much better than the prior a map predicts the boxes (Kümmerer et al., 2015)."
     if p is None: check_maps(maps, mask)
-    if prior.shape!=maps.shape[-2:] or not (prior>0).all() or abs(prior.double().sum()-1)>1e-6:
+    if prior.shape!=maps.shape[-2:] or not prior.min()>0 or abs(prior.double().sum()-1)>1e-6:
         raise ValueError("the prior is of another frame, zero somewhere, or does not sum to 1: make it with `loo_prior`")
-    found = mix_even(shares(maps) if p is None else p, eps)
-    return (inside(found, mask).log2()-inside(prior.flatten(), mask).double().log2()).mean(-1)
+    found = mix_even(inside(shares(maps) if p is None else p, mask), eps, mask.numel())
+    return (found.log2()-inside(prior.flatten(), mask).double().log2()).mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #e5cea519
 def box_masks(
@@ -270,10 +306,19 @@ def box_masks(
 )->torch.Tensor: # (at most n, size, size) bool
     "One mask per box; a box that holds no pixel's center is left out."
     if not len(boxes): raise ValueError("there are no boxes: an image without one has no score, so leave it out")
-    masks = torch.stack([box_mask(b[None], size) for b in boxes])
-    return masks[masks.flatten(1).any(1)]
+    masks = masks_by_box(boxes, size)
+    return torch.from_numpy(masks[masks.any((1,2))])
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #7195e9ae
+def hits_by_box(
+    ranking:Ranking,
+    masks:torch.Tensor, # (b, h, w) bool
+    k:int, # pixels that are kept
+)->torch.Tensor: # (..., b) float64
+    "How many of the top `k` pixels lie in each box."
+    top = ranking.order[...,:k]
+    return torch.stack([m.index_select(0, top.flatten()).view(top.shape).count_nonzero(-1) for m in masks.flatten(1)], dim=-1).double()
+
 def box_scores(
     maps:torch.Tensor, # (..., h, w)
     masks:torch.Tensor, # (b, h, w) bool, of `box_masks`
@@ -289,8 +334,7 @@ def box_scores(
     if of=='coverage':
         p = shares(maps) if p is None else p
         return torch.stack([coverage(maps, m, p) for m in masks], dim=-1)
-    top = (rank_pixels(maps) if ranking is None else ranking).order[...,:k]
-    hits = torch.stack([m.take(top).sum(-1) for m in masks.flatten(1)], dim=-1).double()
+    hits = hits_by_box(rank_pixels(maps) if ranking is None else ranking, masks, k)
     under = dict(recall=area, precision=k, iou=k+area-hits)
     if of not in under: raise ValueError(f"of is {of!r}: expected 'recall', 'precision', 'iou' or 'coverage'")
     return hits/under[of]
@@ -316,8 +360,12 @@ def best_iou_chance(
 )->float: # in [0, 1]
     "Expected IoU with the best box, of pixels drawn at random."
     m = masks.flatten(1).cpu().numpy()
-    _,one,counts = np.unique(np.packbits(m, axis=0), axis=1, return_index=True, return_counts=True)
+    lies = np.packbits(m[:,np.flatnonzero(m.any(0))], axis=0) # in which boxes a pixel lies
+    lies = lies[:,np.lexsort(lies[::-1])]
+    begins = np.flatnonzero(np.r_[True,(lies[:,1:]!=lies[:,:-1]).any(0)]) # of runs of pixels of one kind
+    counts,kinds = np.diff(np.r_[begins,lies.shape[1]]),np.unpackbits(lies[:,begins], axis=0, count=len(m)).astype(int)
+    if outside := m.shape[1]-lies.shape[1]: counts,kinds = np.r_[outside,counts],np.c_[0*kinds[:,:1],kinds]
     k = n_kept(m.shape[1], q)
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, k, size=draws, method='marginals')
-    hits = drawn@m[:,one].T.astype(int)
-    return float((hits/(k+m.sum(1)-hits)).max(1).mean())
+    hits = drawn@kinds.T
+    return float((hits/(k+kinds@counts-hits)).max(1).mean())

@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMPANIONS', 'BYTES_PER_PIXEL', 'ScoreOptions', 'once', 'ImageMaps', 'BoxTarget', 'Comparison', 'Metric',
-           'metric_names', 'find_metric', 'higher_is_better', 'score_maps', 'read_maps', 'read_boxes', 'image_iou']
+           'metric_names', 'find_metric', 'higher_is_better', 'gain_sign', 'score_maps', 'read_maps', 'read_boxes',
+           'image_iou']
 
 # %% ../../nbs/02e_scores.ipynb #eb8569df
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from ..data.files import read_csv
-from ..data.churches import ChurchDataset, box_corners, box_mask
+from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
 from ..backbones.encoders import Backbone
 from .capture import pooled_maps, regrid
-from .metrics import (PRIMARY, auroc, chance_of_top, check_maps, coverage, find_places, iou_at_percentile, iou_ceiling,
-    iou_chance, iou_of_top, n_kept, rank_pixels, shares, upsample)
-from .saliency_metrics import (EPS, PRIOR_EPS, average_precision, average_precision_chance, best_box, best_iou_chance,
-    box_scores, correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mix_even, n_holding, nss, pointing_game, rank_accuracy,
-    shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target)
+from .metrics import (PRIMARY, auroc, chances_of_top, check_maps, find_places, iou_ceiling,
+    iou_of_largest, iou_of_top, n_kept, places_of, rank_pixels, shares, upsample)
+from .saliency_metrics import (EPS, PRIOR_EPS, average_precision, average_precision_chance, best_iou_chance,
+    correlation, densities_of_others, dilate, emd, hits_by_box, kl_divergence, mix_even, n_holding, nss, pointing_game,
+    rank_accuracy, shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target)
 
 # %% ../../nbs/02e_scores.ipynb #c69ff58a
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class ImageMaps:
         patches:torch.Tensor, # (m, g, g)
         size:int, # side of the frame, in pixels
         options:ScoreOptions,
-    ): self.patches,self.size,self.options = patches,size,options
+        few:bool=False, # so few thresholds are asked for, and nothing else of the ranking, that sorting does not pay
+    ): self.patches,self.size,self.options,self.few = patches,size,options,few
     @once
     def pixels(self): return upsample(self.patches, self.size) # (m, size, size)
     @once
@@ -62,7 +64,9 @@ class ImageMaps:
     @once
     def shares(self): return shares(self.pixels) # (m, size*size)
     @once
-    def held(self): return n_holding(self.pixels, self.options.mass, self.ranking) # (m) pixels that hold the mass
+    def patch_shares(self): return shares(self.patches) # (m, g*g)
+    @once
+    def held(self): return n_holding(self.pixels, self.options.mass, self.ranking, self.shares) # (m) pixels that hold the mass
 
 # %% ../../nbs/02e_scores.ipynb #3a144e04
 class BoxTarget:
@@ -72,18 +76,29 @@ class BoxTarget:
         grid:int, # side of the maps, in patches
         options:ScoreOptions,
         others:torch.Tensor=None, # (s, s) how often boxes of other groups are there, sums to 1; None: there are no other groups
-        prior:torch.Tensor=None, # (s, s) the same with an even density mixed in
     ):
-        self.boxes,self.mask,self.grid,self.options,self.others,self.prior = boxes,boxes.any(0),grid,options,others,prior
-        self.n,self.area = self.mask.numel(),int(self.mask.sum())
+        self.boxes,self.grid,self.options,self.others = boxes,grid,options,others
+        self.mask = torch.from_numpy(boxes.cpu().numpy().any(0)).to(boxes.device)
+        self.n,self.area = self.mask.numel(),int(self.mask.count_nonzero())
+    @once
+    def at(self): return places_of(self.mask.flatten()) # pixels of the mask
+    @once
+    def within(self): return self.boxes.flatten(1).index_select(1, self.at) # (b, area) which of them lie in each box
+    @once
+    def known(self): # bits of the prior, an even density mixed with `others`, in a pixel of the boxes
+        return mix_even(self.others.flatten().index_select(0, self.at), self.options.prior_eps, self.n).log2().mean().item()
     @once
     def near(self): return dilate(self.mask, self.options.tolerance) if self.options.tolerance else self.mask
     @once
-    def box_areas(self): return self.boxes.flatten(1).sum(1).double()
+    def box_areas(self): return self.within.count_nonzero(1).double()
     @once
     def soft(self): return soft_target(self.mask, self.grid) # (grid, grid)
     @once
-    def pooled(self): return soft_target(self.mask, min(self.grid, self.options.emd_grid))
+    def pooled(self): return self.soft if self.grid<=self.options.emd_grid else soft_target(self.mask, self.options.emd_grid)
+    @once
+    def chance(self): # number of pixels that are kept -> IoU of blind ones, for all percentiles and for the area
+        ks = {n_kept(self.n, q) for q in self.options.percentiles}|{self.area}
+        return dict(zip(ks, chances_of_top(self.area, self.n, tuple(ks)).tolist()))
     @once
     def extremes(self): # even attention, and attention that is the soft target
         return Comparison(ImageMaps(torch.stack([torch.ones_like(self.soft), self.soft]), len(self.mask), self.options), self)
@@ -97,7 +112,18 @@ class Comparison:
     @once
     def hits(self): return rank_accuracy(self.maps.pixels, self.target.mask, self.places)
     @once
-    def covered(self): return coverage(self.maps.pixels, self.target.mask, self.maps.shares)
+    def within(self): return self.maps.shares.index_select(-1, self.target.at) # (m, area) of the attention
+    @once
+    def covered(self): return self.within.sum(-1)
+    @once
+    def hits_of(self): # number of pixels that are kept -> (m) those in boxes, for all percentiles
+        ks = [*self.target.chance]
+        return dict(zip(ks, torch.searchsorted(self.places.at, self.places.at.new_tensor(ks).expand(len(self.places.at), -1).contiguous()).T.double()))
+    @once
+    def in_boxes(self): return hits_by_box(self.maps.ranking, self.target.boxes, n_kept(self.target.n, self.target.options.q)) # (m, b) top pixels
+    def iou(self, k): # of the top k pixels
+        if self.maps.few: return iou_of_largest(self.maps.pixels, self.target.mask, k)
+        return self.hits_of[k]/(k+self.target.area-self.hits_of[k])
 
 # %% ../../nbs/02e_scores.ipynb #7e8bd4ed
 @dataclass(frozen=True)
@@ -116,7 +142,7 @@ class Metric:
     patches:bool = False # compares patches with the soft target; otherwise, upsampled pixels with the mask
     others:bool = False # needs boxes of other groups
     possible:Callable = lambda target: True # whether it is defined for a `BoxTarget`
-    per_map:Callable = None # of a `Comparison`: (m) numbers on which the levels depend, in place of the setting
+    per_map:Callable = None # of a `Comparison`: (m) whole numbers on which the levels depend; `levels` is called with an array of them in place of the setting
 
     def named(self, options:ScoreOptions)->dict: # full name -> the setting, in a tuple
         if not self.setting: return {self.name: ()}
@@ -125,11 +151,11 @@ class Metric:
 
 # %% ../../nbs/02e_scores.ipynb #9889d9c8
 _OF_RANKING = (
-    Metric('iou', 'IoU of the top (100-q) % of pixels and the boxes', lambda c, q: iou_at_percentile(c.maps.pixels, c.target.mask, q, c.places),
-        lambda t, q: (iou_chance(t.area, t.n, q), iou_ceiling(t.area, t.n, q)), 'E[X/(k+a-X)], X hypergeometric', 'min(k,a)/max(k,a)',
+    Metric('iou', 'IoU of the top (100-q) % of pixels and the boxes', lambda c, q: c.iou(n_kept(c.target.n, q)),
+        lambda t, q: (t.chance[n_kept(t.n, q)], iou_ceiling(t.area, t.n, q)), 'E[X/(k+a-X)], X hypergeometric', 'min(k,a)/max(k,a)',
         'Jaccard, 1901', setting='percentiles'),
     Metric('iou@area', 'IoU of the top a pixels and the boxes', lambda c: c.hits/(2-c.hits),
-        lambda t: (chance_of_top(t.area, t.n, t.area), 1.), 'E[X/(2a-X)], X hypergeometric', '1', 'Arras et al., 2022: r/(2-r)', companion=True),
+        lambda t: (t.chance[t.area], 1.), 'E[X/(2a-X)], X hypergeometric', '1', 'Arras et al., 2022: r/(2-r)', companion=True),
     Metric('rank_accuracy', 'share of hits among the top a pixels', lambda c: c.hits,
         lambda t: (t.area/t.n, 1.), 'a/n', '1', 'Arras et al., 2022'),
     Metric('auroc', 'P(pixel inside outranks one outside)', lambda c: auroc(c.maps.pixels, c.target.mask, c.places),
@@ -144,40 +170,52 @@ _OF_RANKING = (
 
 # %% ../../nbs/02e_scores.ipynb #448d5dcb
 def _gains(t, eps): # of even attention and of attention on the boxes alone
-    return tuple(information_gain(m, t.mask, t.prior, eps).item() for m in (torch.ones_like(t.mask, dtype=torch.double), t.mask.double()))
+    return -np.log2(t.n)-t.known,np.log2((1-eps)/t.area+eps/t.n)-t.known
+
+def _mass_levels(t, ks): # for numbers of pixels that are kept
+    return chances_of_top(t.area, t.n, ks),np.minimum(ks, t.area)/np.maximum(ks, t.area)
 
 _OF_VALUES = (
     Metric('nss', 'mean z-score in the boxes', lambda c: nss(c.maps.pixels, c.target.mask),
         lambda t: (0., ((t.n-t.area)/t.area)**.5), '0', 'sqrt((n-a)/a)', 'Peters et al., 2005', companion=True),
     Metric('coverage', 'share of the attention inside the boxes', lambda c: c.covered,
         lambda t: (t.area/t.n, 1.), 'a/n', '1', 'energy-based pointing game (Wang et al., 2020)', companion=True),
-    Metric('lift', 'coverage, as a multiple of its chance', lambda c: c.covered/c.target.mask.double().mean(),
+    Metric('lift', 'coverage, as a multiple of its chance', lambda c: c.covered*c.target.n/c.target.area,
         lambda t: (1., t.n/t.area), '1', 'n/a', 'relevance mass accuracy (Arras et al., 2022), over a/n'),
     Metric('mass_iou', 'IoU of the smallest set with that % of the attention', lambda c, percent: iou_of_top(c.places, c.maps.held),
-        lambda t, k: (chance_of_top(t.area, t.n, k), min(k, t.area)/max(k, t.area)), 'E[X/(k+a-X)], k of this map', 'min(k,a)/max(k,a)',
+        _mass_levels, 'E[X/(k+a-X)], k of this map', 'min(k,a)/max(k,a)',
         'Caron et al., 2021', setting='percent', per_map=lambda c: c.maps.held),
     Metric('information_gain', 'bits per pixel in the boxes, beyond the mean of other images',
-        lambda c: information_gain(c.maps.pixels, c.target.mask, c.target.prior, c.target.options.eps, c.maps.shares),
+        lambda c: mix_even(c.within, c.target.options.eps, c.target.n).log2().mean(-1)-c.target.known,
         lambda t: _gains(t, t.options.eps), 'of even attention', 'of the mask itself', 'Kümmerer et al., 2015', companion=True, others=True),
 )
 
 # %% ../../nbs/02e_scores.ipynb #09904324
+def _kl_levels(t):
+    p,eps = t.soft[t.soft>0],t.options.eps
+    return tuple((p*(p/q).log()).sum().item() for q in (1/t.soft.numel(), mix_even(p, eps, t.soft.numel())))
+
+def _emd_levels(t):
+    even,side = emd(torch.ones_like(t.pooled), t.pooled).item(),len(t.pooled)
+    return even,0. if side==t.grid else emd(regrid(t.soft, side), t.pooled).item() # pooled twice, patches may be cut elsewhere
+
 _OF_PATCHES = (
-    Metric('kl', 'KL(t || map), nats, on the patch grid', lambda c: kl_divergence(c.maps.patches, c.target.soft, c.target.options.eps),
-        source='Bylinskii et al., 2019', better='lower', companion=True, patches=True),
-    Metric('similarity', 'sum of min(map, t), on the patch grid', lambda c: similarity(c.maps.patches, c.target.soft),
-        ceiling='1', source='Bylinskii et al., 2019', patches=True),
+    Metric('kl', 'KL(t || map), nats, on the patch grid', lambda c: kl_divergence(c.maps.patches, c.target.soft, c.target.options.eps, c.maps.patch_shares),
+        _kl_levels, source='Bylinskii et al., 2019', better='lower', companion=True, patches=True),
+    Metric('similarity', 'sum of min(map, t), on the patch grid', lambda c: similarity(c.maps.patches, c.target.soft, c.maps.patch_shares),
+        lambda t: (t.soft.clamp(max=1/t.soft.numel()).sum().item(), 1.), ceiling='1', source='Bylinskii et al., 2019', patches=True),
     Metric('correlation', 'Pearson correlation with t, on the patch grid', lambda c: correlation(c.maps.patches, c.target.soft),
-        chance='0', ceiling='1', source='Bylinskii et al., 2019', patches=True, possible=lambda t: bool(t.soft.max()>t.soft.min())),
+        lambda t: (0., 1.), chance='0', ceiling='1', source='Bylinskii et al., 2019', patches=True, possible=lambda t: bool(t.soft.max()>t.soft.min())),
     Metric('emd', 'distance to move the map to t, in sides of the image',
         lambda c: emd(regrid(c.maps.patches.double(), len(c.target.pooled)), c.target.pooled),
-        ceiling='0', source='Rubner et al., 2000', better='lower', companion=True, patches=True),
+        _emd_levels, ceiling='0', source='Rubner et al., 2000', better='lower', companion=True, patches=True),
 )
 
 # %% ../../nbs/02e_scores.ipynb #69348c9a
 def _recall_levels(t, q):
     k = n_kept(t.n, q)
-    worth = (t.boxes.flatten(1).double()/t.box_areas[:,None]).mean(0) # of a pixel, for the mean recall
+    if k>=t.area: return k/t.n, 1.
+    worth = (t.within.double()/t.box_areas[:,None]).mean(0) # of a pixel, for the mean recall
     return k/t.n, worth.topk(k).values.sum().item()
 
 def _best_iou_levels(t, q):
@@ -186,15 +224,15 @@ def _best_iou_levels(t, q):
 
 _OF_PLACES = (
     Metric('pointing', 'maximum within that many pixels of the boxes', lambda c, tolerance: pointing_game(c.maps.pixels, c.target.near),
-        lambda t, tolerance: (t.near.double().mean().item(), 1.), 'share of the dilated mask', '1', 'Zhang et al., 2016',
+        lambda t, tolerance: (t.near.count_nonzero().item()/t.n, 1.), 'share of the dilated mask', '1', 'Zhang et al., 2016',
         setting='tolerance', companion=True),
     Metric('recall', 'mean over boxes of the share among the top pixels',
-        lambda c, q: box_scores(c.maps.pixels, c.target.boxes, 'recall', q, c.maps.ranking).mean(-1),
+        lambda c, q: (c.in_boxes/c.target.box_areas).mean(-1),
         _recall_levels, 'k/n', 'exact, k best pixels', 'box by box', setting='q', companion=True),
-    Metric('best_iou', 'IoU of the top pixels and the best box', lambda c, q: best_box(c.maps.pixels, c.target.boxes, 'iou', q, c.maps.ranking),
+    Metric('best_iou', 'IoU of the top pixels and the best box', lambda c, q: (c.in_boxes/(n_kept(c.target.n, q)+c.target.box_areas-c.in_boxes)).amax(-1),
         _best_iou_levels, 'simulated', 'max of min(k,b)/max(k,b)', 'box by box', setting='q', companion=True),
     Metric('best_coverage', 'largest share of the attention in one box',
-        lambda c: best_box(c.maps.pixels, c.target.boxes, 'coverage', p=c.maps.shares),
+        lambda c: torch.stack([(c.within*w).sum(-1) for w in c.target.within]).amax(0),
         lambda t: (t.box_areas.max().item()/t.n, 1.), 'of even attention', '1', 'box by box'),
 )
 
@@ -224,16 +262,26 @@ def higher_is_better(
     "Whether a higher score means better agreement."
     return find_metric(metric).better=='higher'
 
+def gain_sign(
+    metric:str, # full name
+)->int: # 1, or -1 where a lower score means better agreement
+    "What turns a change of a metric into a gain."
+    return 1 if higher_is_better(metric) else -1
+
 # %% ../../nbs/02e_scores.ipynb #aae3b366
 COMPANIONS = (PRIMARY, *(name for m in METRICS.values() if m.companion for name in m.named(ScoreOptions())))
 
 # %% ../../nbs/02e_scores.ipynb #45a51de8
 def _wanted(name, only): return not only or name in only or name.partition('@')[0] in only
 
-def _asked(target, only, patches):
-    "Full name -> metric and its setting: of those that are asked for, and defined for these boxes."
-    return {name:(m,setting) for m in METRICS.values() if m.patches==patches for name,setting in m.named(target.options).items()
-            if _wanted(name, only) and (not m.others or target.others is not None) and m.possible(target)}
+def _all_asked(only, options):
+    "Full name -> metric and its setting: of those that are asked for."
+    return {name:(m,setting) for m in METRICS.values() for name,setting in m.named(options).items() if _wanted(name, only)}
+
+def _asked(target, asked, patches):
+    "Of these, those of patches or the others that are defined for these boxes."
+    out = {m.name for m,_ in asked.values() if m.patches!=patches or m.others and target.others is None or not m.possible(target)}
+    return {name:found for name,found in asked.items() if found[0].name not in out}
 
 # %% ../../nbs/02e_scores.ipynb #677a569d
 def _scores(maps, target, asked):
@@ -246,35 +294,38 @@ def _levels(metric, setting, target, numbers):
     "Chance and ceiling: two numbers, or two arrays (m) where they depend on the map."
     if numbers is not None:
         each,where = np.unique(numbers.cpu().numpy(), return_inverse=True)
-        return tuple(np.array([metric.levels(target, int(k)) for k in each]).T[:,where])
+        return tuple(level[where] for level in metric.levels(target, each))
     return tuple(metric.score(target.extremes, *setting).tolist()) if metric.levels is None else metric.levels(target, *setting)
 
 # %% ../../nbs/02e_scores.ipynb #bfd44cf2
-def _score_image(maps, targets, only, chunk):
+def _score_image(maps, targets, asked, chunk):
     "For each target: full name -> (values, chance, ceiling) of maps (m, g, g), each a number or (m)."
     size,options = len(targets[0].mask),targets[0].options
-    on_pixels,on_patches = ([_asked(t, only, patches) for t in targets] for patches in (False,True))
-    chunks = [[] for _ in targets]
+    on_pixels,on_patches = ([_asked(t, asked, patches) for t in targets] for patches in (False,True))
+    chunks,few = [[] for _ in targets],all(len(a)<4 and {m.name for m,_ in a.values()}<={'iou'} for a in on_pixels)
     for part in maps.split(chunk) if any(on_pixels) else ():
-        image = ImageMaps(part, size, options)
+        image = ImageMaps(part, size, options, few)
         check_maps(image.pixels, targets[0].mask)
-        for found,t,asked in zip(chunks, targets, on_pixels): found.append(_scores(image, t, asked))
-    for found,t,asked in zip(chunks, targets, on_patches): found.append(_scores(ImageMaps(maps, size, options), t, asked))
+        for found,t,a in zip(chunks, targets, on_pixels): found.append(_scores(image, t, a))
+    whole = ImageMaps(maps, size, options)
+    for found,t,a in zip(chunks, targets, on_patches): found.append(_scores(whole, t, a))
     return [{k:_joined(m, setting, t, [f[k] for f in found if k in f]) for k,(m,setting) in (a|b).items()}
             for found,t,a,b in zip(chunks, targets, on_pixels, on_patches)]
 
 def _joined(metric, setting, target, parts):
     values,numbers = zip(*parts)
-    return torch.cat(values).cpu().numpy(),*_levels(metric, setting, target, None if numbers[0] is None else torch.cat(numbers))
+    values = torch.cat(values) if len(values)>1 else values[0]
+    return values.cpu().numpy(),*_levels(metric, setting, target, None if numbers[0] is None else torch.cat(numbers))
 
 # %% ../../nbs/02e_scores.ipynb #abfaa3c9
 BYTES_PER_PIXEL = 200 # peak of the engine, for one pixel of one upsampled map
 
 def _masks_by_label(boxes, labels, size):
     "label -> one mask for each of its boxes in view; one label '' for all boxes where there are no labels."
-    masks = torch.stack([box_mask(b[None].cpu(), size) for b in boxes]).to(boxes.device)
-    of = {'':masks} if labels is None else {k:masks[[i for i,l in enumerate(labels) if l==k]] for k in dict.fromkeys(labels)}
-    return {k:m[m.flatten(1).any(1)] for k,m in of.items() if m.any()}
+    masks = masks_by_box(boxes.cpu(), size)
+    seen,labels = masks.any((1,2)),['']*len(masks) if labels is None else labels
+    of = {k:[i for i,l in enumerate(labels) if l==k and seen[i]] for k in dict.fromkeys(labels)}
+    return {k:torch.from_numpy(masks if len(at)==len(masks) else masks[at]) for k,at in of.items() if at}
 
 def _maps_at_once(memory, size):
     if (n := memory//(BYTES_PER_PIXEL*size**2))<1:
@@ -300,46 +351,54 @@ def _check_counts(maps, boxes, names, groups, parts):
     if len(set(names))<len(names): raise ValueError("two images have the same name")
 
 # %% ../../nbs/02e_scores.ipynb #91598891
-def _check_boxes(name, boxes, parts, size):
-    "The corners, with what outlines follow them, if there is an area in the frame for each."
-    plain = box_corners(boxes).cpu()
-    if boxes.ndim!=2 or boxes.shape[-1]<4 or boxes.shape[-1]%4 or not len(boxes):
-        raise ValueError(f"{name}: boxes are {tuple(boxes.shape)}: expected (b, 4), at least one; leave out images without a box")
-    if parts is not None and len(parts)!=len(boxes):
-        raise ValueError(f"{name} has {len(boxes)} boxes and {len(parts)} parts: expected a part for each box")
-    size_of = getattr(boxes, 'canvas_size', (size,size))
-    if tuple(size_of)!=(size,size):
-        raise ValueError(f"{name}: boxes are of a canvas of {tuple(size_of)}: expected ({size}, {size}), the frame; transform them with the image")
-    odd = ~plain.isfinite().all(1)|(plain[:,2]<=plain[:,0])|(plain[:,3]<=plain[:,1])
-    if odd.any():
-        raise ValueError(f"{name}: box {plain[odd][0].tolist()} has no area: expected left < right and top < bottom, finite, in pixels of the frame")
-    away = (plain[:,:2]>=size).any(1)|(plain[:,2:]<=0).any(1)
-    if away.any(): raise ValueError(f"{name}: box {plain[away][0].tolist()} lies outside the frame of {size} pixels: leave it out, or move it with the image")
-    if boxes.shape[-1]>4: plain = boxes.as_subclass(torch.Tensor).cpu()
-    if not box_mask(plain, size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
-    return plain
+def _check_boxes(names, boxes, parts, size):
+    "The corners of all boxes, with what outlines follow them, if each image has some in view and each box an area in the frame."
+    found = [box_corners(b).cpu() for b in boxes]
+    for i,(name,b) in enumerate(zip(names, boxes)):
+        if b.ndim!=2 or b.shape[-1]<4 or b.shape[-1]%4 or not len(b):
+            raise ValueError(f"{name}: boxes are {tuple(b.shape)}: expected (b, 4), at least one; leave out images without a box")
+        if parts is not None and len(parts[i])!=len(b):
+            raise ValueError(f"{name} has {len(b)} boxes and {len(parts[i])} parts: expected a part for each box")
+        size_of = getattr(b, 'canvas_size', (size,size))
+        if tuple(size_of)!=(size,size):
+            raise ValueError(f"{name}: boxes are of a canvas of {tuple(size_of)}: expected ({size}, {size}), the frame; transform them with the image")
+    _check_corners(np.repeat(np.array(names, dtype=object), [len(b) for b in found]), np.concatenate([b.numpy() for b in found]), size)
+    outlined = [b.shape[-1]>4 for b in boxes]
+    for name,b,more in zip(names, boxes, outlined):
+        if more and not box_mask(b, size).any(): raise ValueError(f"{name} has no box in view, in a frame of {size} pixels: leave it out")
+    return [b.as_subclass(torch.Tensor).cpu() if more else f for b,f,more in zip(boxes, found, outlined)]
+
+def _check_corners(names, corners, size):
+    first,last = corners[:,:2],corners[:,2:] # left and top, right and bottom
+    def refuse(wrong, why):
+        if wrong.any(): raise ValueError(f"{names[wrong][0]}: box {corners[wrong][0].tolist()} {why}")
+    refuse(~np.isfinite(corners).all(1)|(last<=first).any(1), 'has no area: expected left < right and top < bottom, finite, in pixels of the frame')
+    refuse((first>=size).any(1)|(last<=0).any(1), f"lies outside the frame of {size} pixels: leave it out, or move it with the image")
+    centers = np.ceil(corners.astype(float)-.5).clip(0, size) # of the first pixel behind each side
+    lost = {*names}-{*names[(centers[:,2:]>centers[:,:2]).all(1)]}
+    if lost: raise ValueError(f"{next(n for n in names if n in lost)} has no box in view, in a frame of {size} pixels: leave it out")
 
 def _check_input(maps, boxes, names, groups, parts, size, only):
     _check_counts(maps, boxes, names, groups, parts)
     for name in only: find_metric(name)
-    found = [_check_boxes(name, b, None if parts is None else parts[i], size) for i,(name,b) in enumerate(zip(names, boxes))]
-    if size>1 and all(0<=b.min() and b.max()<=1 for b in found):
-        raise ValueError(f"all boxes lie within one pixel, as {found[0][0].tolist()} of {names[0]}: are they fractions of the image? "
+    found = _check_boxes(names, boxes, parts, size)
+    if size>1 and all(0<=b[:,:4].min() and b[:,:4].max()<=1 for b in found):
+        raise ValueError(f"all boxes lie within one pixel, as {found[0][0,:4].tolist()} of {names[0]}: are they fractions of the image? "
                          f"Multiply them by {size}, the side of the frame")
     return found
 
 # %% ../../nbs/02e_scores.ipynb #5273edde
 def _densities(boxes, size, groups, only, options):
-    "Where the boxes of other groups are, without and with an even density; None where there are no other groups or nobody asks."
+    "From the number of an image to where the boxes of other groups are; None where there are no other groups or nobody asks."
     asked = any(_wanted(name, only) for m in METRICS.values() if m.others for name in m.named(options))
-    if not asked or len(set(range(len(boxes)) if groups is None else groups))<2: return None,None
-    others = loo_prior(torch.stack([box_mask(b.cpu(), size) for b in boxes]), groups, eps=0)
-    return others,mix_even(others.flatten(1), options.prior_eps).reshape(others.shape)
+    if not asked or len(set(range(len(boxes)) if groups is None else groups))<2: return lambda i: None
+    return densities_of_others([box_mask(b, size) for b in boxes], groups)
 
 # %% ../../nbs/02e_scores.ipynb #c115bd20
 def _in_threads(f, n):
     "[f(0), ..., f(n-1)], on as many threads as PyTorch has, each of which computes alone."
     threads = torch.get_num_threads()
+    if threads==1: return [f(i) for i in range(n)]
     def alone(i):
         torch.set_num_threads(1)
         return f(i)
@@ -348,17 +407,17 @@ def _in_threads(f, n):
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/02e_scores.ipynb #81431d8b
-def _table(found, names, blocks, heads):
+def _table(found, names, blocks, heads, of_parts):
     "One row for each image, part, metric, block and head."
     keys = [(name,part,metric) for name,targets in zip(names, found) for part,scores in targets.items() for metric in scores]
-    levels = [v for targets in found for scores in targets.values() for v in scores.values()] # values, chance and ceiling of each key
-    m = blocks*len(heads)
+    levels = np.empty((3, len(keys), m := blocks*len(heads))) # values, chance and ceiling
+    for i,of_key in enumerate(v for targets in found for scores in targets.values() for v in scores.values()):
+        for column,v in zip(levels, of_key): column[i] = v
     columns = {k:np.repeat(np.array(v, dtype=object), m) for k,v in zip(('image','part','metric'), zip(*keys))}
     columns['block'] = np.tile(np.repeat(np.arange(blocks), len(heads)), len(keys))
     columns['head'] = np.tile(np.array(heads, dtype=object), blocks*len(keys))
-    for k,v in zip(('value','chance','ceiling'), zip(*levels) if levels else ([],)*3):
-        columns[k] = np.concatenate([np.broadcast_to(x, m) for x in v]) if levels else []
-    return pd.DataFrame(columns).reindex(columns=['image','part','block','head','metric','value','chance','ceiling'])
+    columns |= zip(('value','chance','ceiling'), levels.reshape(3, -1))
+    return pd.DataFrame({k:columns.get(k, []) for k in ('image','part','block','head','metric','value','chance','ceiling') if k!='part' or of_parts})
 
 # %% ../../nbs/02e_scores.ipynb #361fa494
 def score_maps(
@@ -376,19 +435,20 @@ def score_maps(
     maps,heads = _as_stack(maps)
     boxes = _check_input(maps, [b if isinstance(b, torch.Tensor) else torch.as_tensor(b) for b in boxes], names, groups, parts, size, only)
     labels,chunk = [None]*len(names) if parts is None else parts,_maps_at_once(memory, size)
-    densities = _densities(boxes, size, groups, only, options)
+    others_of = _densities(boxes, size, groups, only, options)
+    asked = _all_asked(only, options)
+    used = replace(options, percentiles=tuple(q for q in options.percentiles if f'iou@{q:g}' in asked))
     def one(i):
-        m = maps[i].float()
+        m,others = maps[i].float(),others_of(i)
         if len(heads)>1: m = torch.cat([m, m.mean(1, keepdim=True)], dim=1)
-        others,prior = (None if d is None else d[i].to(m.device) for d in densities)
-        masks = _masks_by_label(boxes[i].to(m.device), labels[i], size)
-        targets = [BoxTarget(k, m.shape[-1], options, others, prior) for k in masks.values()]
-        return dict(zip(masks, _score_image(m.flatten(0,1), targets, only, chunk)))
-    table = _table(_in_threads(one, len(names)), names, maps.shape[1], heads)
+        masks = _masks_by_label(boxes[i], labels[i], size)
+        targets = [BoxTarget(k.to(m.device), m.shape[-1], used, None if others is None else others.to(m.device)) for k in masks.values()]
+        return dict(zip(masks, _score_image(m.flatten(0,1), targets, asked, chunk)))
+    table = _table(_in_threads(one, len(names)), names, maps.shape[1], heads, parts is not None)
     if table.empty:
         raise ValueError(f"none of {[*only]} can be computed here: the IoU has the percentiles {[*options.percentiles]}, and what compares "
                          "with other churches' boxes needs other churches")
-    return table if parts is not None else table.drop(columns='part')
+    return table
 
 # %% ../../nbs/02e_scores.ipynb #375e2a87
 def read_maps(

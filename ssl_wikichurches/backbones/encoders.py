@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from .registry import BACKBONES, FAMILIES, TINY, WEIGHTS, BackboneSpec, Family
+from .registry import BACKBONES, FAMILIES, MAP_KINDS, TINY, WEIGHTS, BackboneSpec, Family
 
 # %% ../../nbs/01_backbones.ipynb #e96d0900
 _FAMILY_OF = {t: f for f in FAMILIES.values() for t in f.types} # by `model_type` of transformers
@@ -50,25 +50,26 @@ def _build_transformers(config):
     from transformers import AutoConfig, AutoModel
     settings = {k:v for k,v in config.items() if k!='model_type'}|_RETURNED
     with _silent_transformers():
-        return AutoModel.from_config(AutoConfig.for_model(config['model_type'], **settings), attn_implementation='sdpa')
+        config = AutoConfig.for_model(config['model_type'], **settings)
+        return AutoModel.from_config(config, attn_implementation='sdpa', **_FAMILY_OF[config.model_type].options)
 
 # %% ../../nbs/01_backbones.ipynb #da2beae1
 _TRAINED_TOKEN = re.compile('dinov3') # architectures that average their patches, beside a class token that was trained
 
 def _pooling(model, architecture):
-    "What timm calls the pooling that a model is read by: 'token' or 'map'. Raises where it has neither."
+    "What timm calls the pooling that a model is read by: 'token', 'map' or 'avg'. Raises where it has none of them."
     how,token = getattr(model, 'global_pool', 'token'),getattr(model, 'cls_token', None) is not None
-    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size')
-    if plain and (how=='map' or token and (how=='token' or _TRAINED_TOKEN.search(architecture))): return 'map' if how=='map' else 'token'
-    lacks = 'it has no row of patches that goes through one block after the other'
-    if plain: lacks = 'it averages its patches'+' and leaves its class token aside'*token if how=='avg' else f"it pools by {how!r} in timm's words"
-    raise ValueError(f"timm's {architecture} is no vision transformer with a class token or a pooling head: {lacks}")
+    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size') and hasattr(model, 'num_prefix_tokens')
+    if plain and token and _TRAINED_TOKEN.search(architecture) and how!='map': return 'token'
+    if plain and (how in ('map','avg') or token and how=='token'): return how
+    lacks = f"it pools by {how!r} in timm's words" if plain else 'it has no row of patches that goes through one block after the other'
+    raise ValueError(f"timm's {architecture} is no vision transformer with a class token, a pooling head or a mean of patches: {lacks}")
 
 def build_timm(
     architecture:str, # timm's name of it, with or without the tag of its weights
     **options, # of `timm.create_model`
 )->nn.Module:
-    "A timm vision transformer that pools by class token or by head."
+    "A timm vision transformer that pools by class token, by head or by the mean of its patches."
     import timm
     name,_,tag = architecture.partition('.')
     if not timm.is_model(name) or tag and architecture not in timm.list_pretrained(f'{name}.*'):
@@ -113,22 +114,29 @@ def one_side(
     return pair[0]
 
 # %% ../../nbs/01_backbones.ipynb #7c5e3092
+def _native_size(config): return getattr(config, 'image_size', None) or round(config.num_patches**.5)*config.patch_size
+
 class TransformersReader:
     "How models of transformers are called and read."
     def __init__(self,
         family:Family, # what is special to it
     ): self.family = family
     def shape(self, model): return model.config.hidden_size,model.config.num_hidden_layers,model.config.num_attention_heads
-    def native(self, model, spec): return one_side(model.config.image_size, spec.name, 'images')
+    def native(self, model, spec): return one_side(_native_size(model.config), spec.name, 'images')
+    def latents(self, model): return slice(1)
     def resize(self, model, architecture, size): return architecture # positions are interpolated in every call
 
     def inputs(self, x, grid, resized):
         "Keyword arguments of the model for normalized images `x`."
         more = dict(interpolate_pos_encoding=True) if resized and self.family.interpolates else {}
         if self.family.shuffles: more['noise'] = torch.arange(grid**2., device=x.device).expand(len(x), -1)
-        return dict(pixel_values=x, **more)
+        if not self.family.patchified: return dict(pixel_values=x, **more)
+        rows = x.unflatten(3, (grid,-1)).unflatten(2, (grid,-1)).permute(0,2,4,3,5,1).flatten(3).flatten(1,2) # colors last
+        return dict(pixel_values=rows, pixel_attention_mask=None, spatial_shapes=torch.full((len(x),2), grid, device='cpu'))
 
-    def feature(self, out): return out.pooler_output if self.family.pooled else out.last_hidden_state[:,0]
+    def feature(self, out, spec):
+        if self.family.pooled: return out.pooler_output
+        return out.last_hidden_state[:,spec.n_prefix:].mean(1) if spec.pooling=='mean' else out.last_hidden_state[:,0]
     def patches(self, model, inputs, n_prefix): return model(**inputs).last_hidden_state[:,n_prefix:]
     def blocks(self, model, inputs, n_prefix):
         return [t[:,n_prefix:] for t in model(**inputs, output_hidden_states=True).hidden_states[1:]]
@@ -146,8 +154,9 @@ class TimmReader:
         model.set_input_size(img_size=(size,size))
         return dict(architecture, options=dict(architecture['options'], img_size=size))
 
+    def latents(self, model): return slice(1) if getattr(model.attn_pool, 'pool', 'token')=='token' else slice(None)
     def inputs(self, x, grid, resized): return dict(x=x)
-    def feature(self, out): return out
+    def feature(self, out, spec): return out
     def patches(self, model, inputs, n_prefix): return model.forward_features(**inputs)[:,n_prefix:]
     def blocks(self, model, inputs, n_prefix):
         return model.forward_intermediates(**inputs, norm=False, output_fmt='NLC', intermediates_only=True)
@@ -200,7 +209,7 @@ class Backbone(nn.Module):
     def forward(self,
         images:torch.Tensor, # (batch, 3, size, size), float, in [0, 1]
     )->torch.Tensor: # (batch, dim)
-        return self.reader.feature(self.model(**self._inputs(images)))
+        return self.reader.feature(self.model(**self._inputs(images)), self.spec)
     def patches(self, images:torch.Tensor)->torch.Tensor: # (batch, grid^2, dim), in reading order
         "Features of the patches after the last block."
         return self.reader.patches(self.model, self._inputs(images), self.spec.n_prefix)
@@ -229,22 +238,33 @@ def _attention_shapes(backbone):
     with torch.no_grad(), _AttentionShapes() as calls: functional_call(backbone, empty, torch.empty(1, 3, *[backbone.spec.size]*2, device='meta'))
     return calls.seen
 
+def _give_tuples(backbone):
+    "Whether blocks give back a tuple, in which the tokens stand first."
+    given = []
+    hook = backbone.layers[0].register_forward_hook(lambda m,args,out: given.append(isinstance(out, tuple)))
+    try: _attention_shapes(backbone)
+    finally: hook.remove()
+    return given[0]
+
 # %% ../../nbs/01_backbones.ipynb #f8f0f341
 @contextmanager
-def _passed_over(blocks):
-    "Within the context a block gives back what it is given."
-    for b in blocks: b.forward = lambda *args, **kwargs: args[0] if args else kwargs['hidden_states']
+def _passed_over(blocks, tuples):
+    "Within the context a block gives back what it is given, in a tuple where it would give one."
+    def same(*args, **kwargs):
+        x = args[0] if args else kwargs['hidden_states']
+        return (x,) if tuples else x
+    for b in blocks: b.forward = same
     try: yield
     finally:
         for b in blocks: del b.forward
 
 def _made_of(backbone):
     "Numbers of the tokens that the feature is made of; (size, size) bool, the pixels that the second and the last patch are made of."
-    spec,tokens,random = backbone.spec,[],torch.Generator().manual_seed(0)
+    spec,tokens,tuples,random = backbone.spec,[],_give_tuples(backbone),torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.rand(shape, generator=random, device='cpu', dtype=torch.float32).to(backbone.mean)
     x = draw(1, 3, spec.size, spec.size).requires_grad_()
     hook = backbone.layers[0].register_forward_pre_hook(lambda m,args,kwargs: tokens.append(args[0] if args else kwargs['hidden_states']), with_kwargs=True)
-    with torch.enable_grad(), _passed_over(backbone.layers):
+    with torch.enable_grad(), _passed_over(backbone.layers, tuples):
         try: feature = backbone(x)
         finally: hook.remove()
         some = lambda t: (t*draw(*t.shape)).sum() # a plain sum is constant behind a norm
@@ -261,12 +281,13 @@ def _calls_lack(backbone, calls):
     if len(calls)!=depth+(spec.pooling=='head'):
         return (f"its {depth} blocks{' and its pooling head'*(spec.pooling=='head')} make {len(calls)} calls of PyTorch's fused attention, "
                 "and one of each is read")
+    if blocks[0][1]!=n and any(c[1]==1 for c in blocks): return "only a class token attends in calls of PyTorch's fused attention, and its patches are mixed in another way"
     if wrong := [c for c in blocks if c[1:]!=(n,n)]:
         return (f"attention in a block goes from {wrong[0][1]} to {wrong[0][2]} tokens, "
                 f"and those of {spec.n_prefix} tokens before the patches and {spec.grid} x {spec.grid} patches are {n}")
     if len({c[0] for c in blocks})>1: return f"its blocks have different numbers of heads: {sorted({c[0] for c in blocks})}"
-    if head and (head[0][1]!=1 or head[0][2] not in (n, spec.grid**2)):
-        return f"its pooling head has {head[0][1]} queries to {head[0][2]} tokens, and one to all {n} or to the {spec.grid**2} patches is read"
+    if head and head[0][2] not in (n, spec.grid**2):
+        return f"its pooling head attends to {head[0][2]} tokens, and what it gives to all {n} or to the {spec.grid**2} patches is read"
     return ''
 
 def _parts_lack(backbone, read, seen):
@@ -274,6 +295,9 @@ def _parts_lack(backbone, read, seen):
     spec,p,last = backbone.spec,backbone.spec.patch,backbone.spec.grid-1
     if spec.pooling=='class' and read!=[0]:
         return f"its feature is made of tokens {', '.join(map(str, read[:3]))}{' and others'*(len(read)>3)}, and a map shows the attention of token 0 alone"
+    if spec.pooling=='mean' and read!=[*range(spec.n_prefix, spec.n_prefix+spec.grid**2)]:
+        return (f"its feature is made of tokens {', '.join(map(str, read[:3]))}{' and others'*(len(read)>3)}, "
+                "and a map shows the attention of all patches and of nothing else")
     squares = torch.zeros_like(seen)
     for y,x in ((0,min(1, last)),(last,last)): squares[y*p:(y+1)*p,x*p:(x+1)*p] = True
     if not torch.equal(seen, squares): return f"its patches are not cut from the image as squares of {p} pixels, side by side and row by row"
@@ -298,7 +322,7 @@ def check_encoder(
     return backbone
 
 # %% ../../nbs/01_backbones.ipynb #b5b1add8
-_SPARE = re.compile(r'((head|head_dist|fc|classifier|projectors|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias|mask_token)(\.|$))'
+_SPARE = re.compile(r'((head|head_dist|fc|classifier|pooler|projectors|decoder|text_model|text_projection|visual_projection|logit_scale|logit_bias|mask_token)(\.|$))'
                     r'|.*(position_ids|inv_freq|periods|relative_position_index)$')
 
 def _refuse(source, missing, wrong, unused):
@@ -376,7 +400,7 @@ def _preprocessing(source, config, family):
                                                        "say by `do_rescale` and `rescale_factor` of its configuration what its mean and std are in")
     unit = 255*p.get('rescale_factor', 1/255) # of a white pixel
     normal = (lambda k: p.get(f'image_{k}') or family.statistics[k]) if p.get('do_normalize', True) else dict(mean=(0.,)*3, std=(1.,)*3).get
-    return one_side(side or config.image_size, source, 'images'),{k: tuple(v/unit if unit!=1 else v for v in normal(k)) for k in ('mean','std')}
+    return one_side(side or _native_size(config), source, 'images'),{k: tuple(v/unit if unit!=1 else v for v in normal(k)) for k in ('mean','std')}
 
 # %% ../../nbs/01_backbones.ipynb #c1a385e7
 def _vision_config(source):
@@ -385,7 +409,7 @@ def _vision_config(source):
     config = AutoConfig.from_pretrained(source)
     config = getattr(config, 'vision_config', config)
     family = _FAMILY_OF.get(config.model_type)
-    if family is None: raise ValueError(f"{source} is of type {config.model_type!r}; known are {', '.join(_FAMILY_OF)}")
+    if family is None: raise ValueError(f"{source} is of type {config.model_type!r}, of which it is not known how its patches attend; known are {', '.join(_FAMILY_OF)}")
     if not getattr(config, 'vision_use_head', True): raise ValueError(f"{source} has no pooling head")
     return config,family
 
@@ -402,12 +426,13 @@ def _load_transformers(source):
         config,family = _vision_config(source)
         architecture = transformers_architecture(config) # settles what is random, before the model is made
         model,info = AutoModel.from_pretrained(source, config=config, attn_implementation='sdpa', dtype=torch.float32,
-                                               output_loading_info=True, ignore_mismatched_sizes=True)
+                                               output_loading_info=True, ignore_mismatched_sizes=True, **family.options)
         _refuse(source, info['missing_keys'], {k: (a,b) for k,a,b in info['mismatched_keys']}, info['unexpected_keys'])
         size,stats = _preprocessing(source, config, family)
     patch = one_side(config.patch_size, source, 'patches')
     n_prefix = family.class_tokens+getattr(config, 'num_register_tokens', 0)
-    spec = BackboneSpec(Path(source).name, source, family.name, size, patch, n_prefix, pooling=family.pooling, **stats)
+    pooling = {True: 'mean', False: 'class'}.get(getattr(config, 'use_mean_pooling', None), family.pooling)
+    spec = BackboneSpec(Path(source).name, source, family.name, size, patch, n_prefix, pooling=pooling, **stats)
     return Backbone(spec, model, architecture)
 
 # %% ../../nbs/01_backbones.ipynb #787c0e93
@@ -446,12 +471,14 @@ def load_timm(
     _refuse_other_activation(architecture, (cfg or {}).get('tag'))
     state,resampled = _converted(model, {re.sub(r'^(module|timm_model)\.', '', k): v for k,v in read(model).items()})
     _refuse(source, [], resampled, [])
-    if 'fc_norm.weight' in state.keys()-model.state_dict().keys(): raise ValueError(f"{source} averages its patches: its norm stands behind the average")
+    if 'fc_norm.weight' in state.keys()-model.state_dict().keys():
+        raise ValueError(f"{source} averages its patches: its norm stands behind the average, and {architecture} pools otherwise. Name an architecture that "
+                         "averages, or `global_pool` 'avg' among the `model_args` of a config.json beside it")
     _fill(model, state, source)
     stats = {k: tuple((cfg or {}).get(k) or model.pretrained_cfg[k]) for k in ('mean', 'std')}
     size,patch = (one_side(getattr(model.patch_embed, f'{k}_size'), source, of) for k,of in (('img','images'),('patch','patches')))
     spec = BackboneSpec(name or architecture, source, 'timm', size, patch, model.num_prefix_tokens,
-                        pooling='head' if getattr(model, 'global_pool', 'token')=='map' else 'class', **stats)
+                        pooling=dict(map='head', avg='mean').get(getattr(model, 'global_pool', 'token'), 'class'), **stats)
     return Backbone(spec, model, dict(library='timm', architecture=architecture, options=options or {}))
 
 # %% ../../nbs/01_backbones.ipynb #07c46a3b
@@ -638,11 +665,14 @@ def describe_encoder(
 )->str:
     "What maps of an encoder are read from, in a sentence. Raises where they cannot be read."
     b = load_backbone(name_or_path, size or None); s = b.spec
-    feature,maps = ('its class token','the row of that token in every block') if s.pooling=='class' else ('the output of its pooling head','the row of that head')
+    feature,maps = dict(zip(MAP_KINDS, (('its class token','the row of that token in every block'), ('the output of its pooling head','the row of that head'),
+                                        ('the mean of its patches','what a patch receives from all patches, in every block'))))[s.pooling]
     return (f"{s.name} can be measured: {s.grid} x {s.grid} patches of {s.patch} pixels behind {s.n_prefix or 'no'} other tokens, {b.depth} blocks "
             f"of {b.n_heads} heads; its feature of {b.dim} numbers is {feature}, its maps are {maps}")
 
 # %% ../../nbs/01_backbones.ipynb #cdb4a531
+_PROJECTIONS = dict(qkv='qkv', q_proj='q', k_proj='k', v_proj='v', query='q', key='k', value='v') # names in either library
+
 def attention_projections(
     backbone:Backbone, # not wrapped by adapters
 )->list: # one dict per block, from 'q', 'k', 'v' (or 'qkv' where fused) to the module's name in `backbone.model`
@@ -650,8 +680,7 @@ def attention_projections(
     maps = {}
     for name,m in backbone.model.named_modules():
         owner,_,last = name.rpartition('.')
-        if isinstance(m, nn.Linear) and last in ('qkv', 'q_proj', 'k_proj', 'v_proj'):
-            maps.setdefault(owner, {})[last.removesuffix('_proj')] = name
+        if isinstance(m, nn.Linear) and (what := _PROJECTIONS.get(last)): maps.setdefault(owner, {})[what] = name
     if len(maps)!=backbone.depth or any(set(m) not in ({'qkv'}, set('qkv')) for m in maps.values()):
         raise ValueError(f"{backbone.spec.name} has {backbone.depth} blocks, but projections of {len(maps)} were found: {list(maps.values())[:1]}")
     outside = [owner for owner in maps if getattr(backbone.model.get_submodule(owner), 'q_bias', None) is not None]

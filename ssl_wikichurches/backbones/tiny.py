@@ -56,7 +56,7 @@ def encode(
     elif hidden is not None: x = x.masked_fill(F.interpolate(hidden.view(-1,1,spec.grid,spec.grid).float(), scale_factor=spec.patch)>0, 0.)
     with only_patches(backbone, patches): out = backbone.model(x, **inputs)
     tokens = getattr(out, 'last_hidden_state', None)
-    return backbone.reader.feature(out),None if tokens is None else tokens[:,spec.n_prefix:]
+    return backbone.reader.feature(out, spec),None if tokens is None else tokens[:,spec.n_prefix:]
 
 # %% ../../nbs/01a_tiny.ipynb #848a147d
 def sincos_positions(

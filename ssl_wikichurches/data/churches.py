@@ -7,7 +7,7 @@ __all__ = ['STYLES', 'GEOMETRIES', 'BOX_COLUMNS', 'PREPARED_RECORD', 'ENTRY', 'C
            'read_style_names', 'read_classes', 'read_church_records', 'read_church_styles', 'read_parts',
            'read_prepared', 'file_stamp', 'read_called', 'speaking_of', 'reworded', 'Churches', 'is_litter',
            'photograph_names', 'read_churches', 'ToSquare', 'eval_transform', 'train_transform', 'box_corners',
-           'box_mask', 'ChurchDataset', 'boxes_in_view']
+           'masks_by_box', 'box_mask', 'ChurchDataset', 'boxes_in_view']
 
 # %% ../../nbs/00_data.ipynb #abdf285c
 import os, re, reprlib, unicodedata
@@ -502,26 +502,33 @@ def box_corners(
     return convert_bounding_box_format(plain.float(), old_format=kind, new_format='XYXY')
 
 def _outlined(boxes, size):
-    "The union of outlines, and of boxes that have none."
-    import torch
-    edges = boxes[:,4:].reshape(len(boxes), -1, 4).double().cpu().numpy()
-    plain = ~edges.any((1,2))
-    masks = [inside(e[e.any(1)], size) for e in edges[~plain]]
-    return box_mask(boxes[plain][:,:4], size)|torch.from_numpy(np.any(masks, axis=0) if masks else np.zeros((size,size), bool))
+    "As `masks_by_box`: what an outline encloses, and the boxes that have none."
+    edges,masks = boxes[:,4:].reshape(len(boxes), -1, 4).double().cpu().numpy(),masks_by_box(boxes[:,:4].cpu(), size)
+    for k in np.flatnonzero(edges.any((1,2))): masks[k] = inside(edges[k][edges[k].any(1)], size)
+    return masks
 
-def box_mask(
+def masks_by_box(
     boxes, # (n, 4), as for `box_corners`, in pixels; or (n, 4+4*edges): corners, and the edges of an outline, both ends of each; 0 where there are fewer
     size:int, # side of the square frame, in pixels
-): # tensor (size, size) bool: the union of the boxes, or of what the outlines enclose
-    "Pixels whose center lies inside at least one box, or outline where there is one."
-    import torch
-    if getattr(boxes, 'ndim', 0)==2 and boxes.shape[1]>4 and boxes.shape[1]%4==0: return _outlined(torch.as_tensor(boxes).as_subclass(torch.Tensor), size)
+)->np.ndarray: # (n, size, size) bool
+    "Pixels whose center lies inside each box, or its outline where there is one."
+    if getattr(boxes, 'ndim', 0)==2 and boxes.shape[1]>4 and boxes.shape[1]%4==0:
+        import torch
+        return _outlined(torch.as_tensor(boxes).as_subclass(torch.Tensor), size)
     boxes = box_corners(boxes)
     if boxes.ndim!=2 or boxes.shape[1]!=4: raise ValueError(f"boxes are {tuple(boxes.shape)}: expected (n, 4)")
-    c = torch.arange(size)+.5
-    x0,y0,x1,y1 = boxes.float().T[...,None]
+    c = np.arange(size, dtype=np.float32)+.5
+    x0,y0,x1,y1 = boxes.float().numpy().T[...,None]
     inx,iny = (c>=x0)&(c<x1), (c>=y0)&(c<y1)
-    return (iny[:,:,None]&inx[:,None,:]).any(dim=0)
+    return iny[:,:,None]&inx[:,None,:]
+
+def box_mask(
+    boxes, # as for `masks_by_box`
+    size:int, # side of the square frame, in pixels
+): # tensor (size, size) bool
+    "Pixels whose center lies inside at least one box, or outline where there is one."
+    import torch
+    return torch.from_numpy(masks_by_box(boxes, size).any(axis=0))
 
 # %% ../../nbs/00_data.ipynb #83d132a6
 def _pixel_boxes(boxes, w, h):

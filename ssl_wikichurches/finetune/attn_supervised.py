@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from ..attention.capture import AttentionRecord, capture_attention, pooled_maps, read_pooled, regrid, require_kept_blocks
+from ..attention.capture import capture_attention, pooled_maps, pooled_row, read_pooled, regrid, require_kept_blocks
 from ..backbones.encoders import Backbone
 from ..attention.baselines import derangement
 from ..data.churches import ChurchDataset, box_mask, eval_transform, train_transform
@@ -104,8 +104,9 @@ def supervised_maps(
     if torch.is_grad_enabled(): require_kept_blocks(backbone)
     calls = backbone.depth+(backbone.spec.pooling=='head')
     wanted,records = {calls-n+b%n for b in blocks},[]
+    row = pooled_row(backbone, wanted)
     def read(call):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and len(records) in wanted): records.append(AttentionRecord(call.weights(slice(1)), call.kind))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and len(records) in wanted): records.append(row(call))
         if len(records)==calls: raise _Seen
     try:
         with capture_attention(read=read): backbone(images)

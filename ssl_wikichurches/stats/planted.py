@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from torch.nn import functional as F
 from ..attention.baselines import suppress_border
 from ..attention.metrics import PRIMARY
-from ..attention.scores import higher_is_better, score_maps
+from ..attention.scores import gain_sign, score_maps
 from ..data.churches import box_mask
 from .shift import shift_test
 
@@ -100,7 +100,7 @@ def mass_of_shift(
 )->np.ndarray: # (m,) shares of the attention; nan where a third would not do, 0 for what is no gain
     "The share that, moved from everywhere into the boxes, gives these mean gains."
     t = dose_response(maps, boxes, names, size, groups, SHARES, {'everywhere':None}, [metric])
-    gains = np.maximum.accumulate(t['shift'].to_numpy()*(1 if higher_is_better(metric) else -1))
+    gains = np.maximum.accumulate(t['shift'].to_numpy()*gain_sign(metric))
     return np.interp(shifts, gains, SHARES, left=0, right=np.nan)
 
 # %% ../../nbs/05f_planted.ipynb #41ef016e
@@ -114,7 +114,7 @@ def _gains(maps, boxes, names, size, groups, metrics):
     "Metric -> scores of maps (n, shares, draws, g, g), more is better."
     t = score_maps(maps.float(), boxes, names, size, groups=groups, only=metrics)
     t = t[t['head']!='mean'] if maps.shape[2]>1 else t[t['head']=='mean']
-    return {m:v.value.to_numpy().reshape(maps.shape[:3])*(1 if higher_is_better(m) else -1) for m,v in t.groupby('metric', sort=False)}
+    return {m:v.value.to_numpy().reshape(maps.shape[:3])*gain_sign(m) for m,v in t.groupby('metric', sort=False)}
 
 # %% ../../nbs/05f_planted.ipynb #96fde7a2
 def planted_scores(

@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from ..attention.metrics import PRIMARY
 from ..attention.plots import HOUSE, model_color
-from ..attention.scores import higher_is_better
+from ..attention.scores import gain_sign
 from ..data.files import write_tensors
 from ..finetune.tiers import LINEAR
 from ..stats.shift import score_grids, shift_test
@@ -69,7 +69,7 @@ def calibration_table(
     out['probe'] = [accuracy.get((m,LINEAR), np.nan) for m in t.model]
     for metric,own in zip(metrics, ('','layout_')):
         low,high = t[f'{own}low'],t[f'{own}high']
-        better = 1 if higher_is_better(metric) else -1
+        better = gain_sign(metric)
         said = [word(a, b, better) for a,b in zip(low, high)]
         by_pair = dict(zip(zip(t.model, t.tier), said))
         agree = _agreement(seed_shifts(opened, metric), by_pair, better)

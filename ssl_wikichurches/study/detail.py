@@ -14,12 +14,13 @@ import numpy as np, pandas as pd, torch
 from matplotlib.figure import Figure
 from scipy import stats
 from statsmodels.formula.api import ols
+from ..backbones.registry import MAP_KINDS
 from ..data.churches import STYLES, ChurchDataset, Churches, box_mask, eval_transform
 from ..stats.families import benjamini_hochberg, max_t, split_half_heads
 from ..stats.seeds import crossed_bootstrap, moderation
 from ..stats.shift import by_church, in_family, in_order, paired_shift, score_grids, uncorrected_shifts
 from ..stats.tests import bootstrap_t_interval, sign_flip_p
-from ..attention.scores import COMPANIONS, higher_is_better
+from ..attention.scores import COMPANIONS, gain_sign
 from ..attention.metrics import PRIMARY, coverage, n_kept, shares, upsample
 from ..attention.plots import before_after_strip
 from .blind_baselines import border_scores, frozen_artifacts, masked_scores, top_pixels
@@ -195,11 +196,11 @@ def part_table(
 # %% ../../nbs/06i_detail.ipynb #6ea038a6
 def tuned_pairs(
     opened:OpenStudy,
-)->pd.DataFrame: # model, tier, seeds, reader ('class token' or 'pooling head')
+)->pd.DataFrame: # model, tier, seeds, reader (whose attention its maps show, of `MAP_KINDS`)
     "Every model and tier with a shift to explain: fine-tuned, complete, beside a frozen run, and not linear."
     runs = opened.of_kind()
     tuned = runs[runs.model.isin(runs.model[runs.tier==FROZEN])&~runs.tier.isin((FROZEN,LINEAR))]
-    rows = [dict(model=m, tier=t, seeds=g.seed.nunique(), reader='pooling head' if g.spec.iloc[0]['pooling']=='head' else 'class token')
+    rows = [dict(model=m, tier=t, seeds=g.seed.nunique(), reader=MAP_KINDS[g.spec.iloc[0]['pooling']])
             for (m,t),g in in_order(tuned.groupby(['model','tier'], sort=False))]
     return pd.DataFrame(rows, columns=['model','tier','seeds','reader'])
 
@@ -207,12 +208,14 @@ def block_table(
     opened:OpenStudy,
     metric:str=PRIMARY,
 )->pd.DataFrame: # model, tier, reader, block, n (churches), seeds, unit, before, after, shift, t, p, p_max_t, p_step_down, note; may be empty
-    "The shift of every block, mean over heads; p corrected over the blocks of a model and tier by the largest |t|."
+    "The shift of every block, mean over heads; p corrected over the blocks of a model, tier and kind of map by the largest |t|."
     parts = []
-    for r in tuned_pairs(opened).itertuples():
-        b,a = (d.xs('mean', axis=1, level='head') for d in opened.church_cells(r.model, r.tier, metric))
+    def add(r, reader, b, a):
         t = max_t(a-b).rename(columns=dict(estimate='shift'))
-        parts.append(t.assign(model=r.model, tier=r.tier, reader=r.reader, seeds=r.seeds, unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy()))
+        parts.append(t.assign(model=r.model, tier=r.tier, reader=reader, seeds=r.seeds, unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy()))
+    for r in tuned_pairs(opened).itertuples():
+        add(r, r.reader, *(d.xs('mean', axis=1, level='head') for d in opened.church_cells(r.model, r.tier, metric)))
+        if r.reader==MAP_KINDS['head']: add(r, MAP_KINDS['mean'], *opened.received_cells(r.model, r.tier, metric))
     columns = ['model','tier','reader','block','n','seeds','unit','before','after','shift','t','p','p_max_t','p_step_down','note']
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
@@ -357,7 +360,7 @@ def sensitivity_table(
     parts += [tested(o.scores(d.metric)).assign(choice=f'geometry {o.study.geometry}', metric=d.metric) for o in others]
     parts += [pd.DataFrame(_other_tests(g)).assign(model=m, tier=t, metric=d.metric) for (m,t),g in scores.groupby(['model','tier'], sort=False)]
     table = pd.concat([p for p in parts if len(p)], ignore_index=True)
-    table = table.assign(gain=table['shift']*table.metric.map(lambda m: 1 if higher_is_better(m) else -1))
+    table = table.assign(gain=table['shift']*table.metric.map(gain_sign))
     table['said'] = [_said(r, d.alpha) for r in table.itertuples()]
     declared = table[table.choice=='declared'].set_index(['model','tier']).said
     table['says_the_same'] = [s==declared[m,t] for m,t,s in zip(table.model, table.tier, table.said)]

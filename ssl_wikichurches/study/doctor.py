@@ -7,7 +7,7 @@ __all__ = ['WEIGHTS_B', 'SHARE', 'DEMO', 'TRAINED', 'Finding', 'find_python', 'f
            'find_compute', 'within', 'find_weights', 'find_photographs', 'matrix_rate', 'gpu_rate', 'study_seconds',
            'find_time', 'diagnose', 'finding_text', 'works_text']
 
-# %% ../../nbs/06w_doctor.ipynb #d3e75ac5
+# %% ../../nbs/06w_doctor.ipynb #1dcb4745
 import ctypes, os, platform, shutil, sys, threading, time
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from ..finetune.tiers import FROZEN, LINEAR
 from .plan import Study, tier_recipe
 from .status import duration
 
-# %% ../../nbs/06w_doctor.ipynb #d2b3e2ad
+# %% ../../nbs/06w_doctor.ipynb #7b415d3f
 @dataclass(frozen=True)
 class Finding:
     "One thing that was looked at."
@@ -49,7 +49,7 @@ def find_packages(
     if not lost: return Finding('libraries', said)
     return Finding('libraries', f"{said}; {', '.join(lost)} missing", 'bad', "pip install -e '.[dev]' in the folder of the repository")
 
-# %% ../../nbs/06w_doctor.ipynb #fa922286
+# %% ../../nbs/06w_doctor.ipynb #ab5d0b5d
 def _hub_cache():
     "Where weights of the hub are kept."
     home = os.environ.get('HF_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'huggingface'
@@ -74,7 +74,7 @@ def find_space(
         out.append(Finding(what, f'{gb:.0f} GB', 'note' if advice else 'good', advice))
     return out
 
-# %% ../../nbs/06w_doctor.ipynb #cbd0666e
+# %% ../../nbs/06w_doctor.ipynb #95a8f84c
 def gpus(
     library=None, # NVIDIA's management library; None: that of this machine
 )->list: # (name, GB, compute capability) of each
@@ -101,7 +101,7 @@ def torch_cuda()->str: # such as '12.8'; '' for a build without, None where ther
     line = next((l for l in text.splitlines() if l.startswith('cuda')), '')
     return line.rpartition('=')[2].strip().strip("'").replace('None', '')
 
-# %% ../../nbs/06w_doctor.ipynb #189e114f
+# %% ../../nbs/06w_doctor.ipynb #93f00429
 def find_compute(
     found:list=None, # of `gpus`; None: those of this machine
     cuda:str=None, # of `torch_cuda`; None: of this environment
@@ -121,7 +121,7 @@ def find_compute(
     bf16 = all(c>=8 for *_,c in found)
     return [*out, Finding('bfloat16', 'yes: --recipe full.precision=bfloat16 is about twice as fast' if bf16 else 'no: float32, which is the default')]
 
-# %% ../../nbs/06w_doctor.ipynb #8a4a0e08
+# %% ../../nbs/06w_doctor.ipynb #87c374aa
 def within(
     seconds:float, # of patience
     call, # function without arguments
@@ -147,7 +147,7 @@ def _status(url, seconds):
 
 def _cached(repo): return any(p.is_file() for p in (_hub_cache()/f"models--{repo.replace('/', '--')}"/'snapshots').glob('*/*'))
 
-# %% ../../nbs/06w_doctor.ipynb #55ac5f70
+# %% ../../nbs/06w_doctor.ipynb #207af461
 def _weights(name, repo, base, seconds):
     "A finding of one encoder."
     if _cached(repo): return Finding(name, 'weights are here')
@@ -176,7 +176,7 @@ def find_weights(
     none = Finding('weights', f"not here: {', '.join(lost)}", 'note', 'copy a folder of weights here, and name it: --models mae=FOLDER')
     return [hub, *(_weights(m, s, base, seconds) for m,s in asked.items()), *([none] if lost else [])]
 
-# %% ../../nbs/06w_doctor.ipynb #24d6ec82
+# %% ../../nbs/06w_doctor.ipynb #36f239a8
 def find_photographs(
     data:str='wikichurches', # as for `wikichurches_study`
 )->Finding:
@@ -189,10 +189,10 @@ def find_photographs(
     few = 'enough for the frozen baseline (--tiers none), too few to train on' if n<1000 else ''
     return Finding('photographs', f'{n} in {folder}', 'note' if few else 'good', few)
 
-# %% ../../nbs/06w_doctor.ipynb #ea167f44
+# %% ../../nbs/06w_doctor.ipynb #7b267b21
 WEIGHTS_B = 86e6 # of a ViT-B
 SHARE = .5 # of what matrices reach that a transformer gets
-DEMO = 390 # seconds of the demonstration on a core that multiplies 1e11 numbers in a second; measured
+DEMO = 460 # seconds of the demonstration on a core that multiplies 1e11 numbers in a second; measured
 TRAINED = 4588 # photographs with one of the four styles and no boxes, see the census
 
 def matrix_rate(
@@ -233,7 +233,7 @@ def study_seconds(
     seen = sum(tokens(m)*passes(t)*(1 if t==FROZEN else len(study.seeds)) for m in study.sources for t in (FROZEN,*study.tiers))
     return 2*WEIGHTS_B*photographs*seen/(rate*SHARE)
 
-# %% ../../nbs/06w_doctor.ipynb #6805346a
+# %% ../../nbs/06w_doctor.ipynb #2c7d8342
 def find_time(
     found:list, # of `gpus`
     rate:float=None, # operations in a second, of all that computes; None: it is measured
@@ -249,7 +249,7 @@ def find_time(
             Finding('whole study', f'6 models x 3 tiers x 3 seeds: about {duration(real)} on {where}', 'note' if real>14*86400 else 'good',
                     'fewer models, one seed, or a GPU; a study can be stopped and goes on' if real>14*86400 else '')]
 
-# %% ../../nbs/06w_doctor.ipynb #33304eb7
+# %% ../../nbs/06w_doctor.ipynb #daa024fc
 def diagnose(
     data:str='wikichurches', # as for `wikichurches_study`
     runs:str='runs', # folder of all studies

@@ -346,8 +346,8 @@ def ranking_figure(table:pd.DataFrame, # columns of `ranking_plot`, of all model
 
 def block_figure(table:pd.DataFrame, # of `block_table`
     metric:str)->Figure: # None without a model of more than one block
-    "`block_plot`, a panel for each model with more than one block."
-    groups = [(m,g) for m,g in table.groupby('model', sort=False) if g.block.nunique()>1]
+    "`block_plot`, a panel for each model and kind of map with more than one block."
+    groups = [(f'{m}: {reader}',g) for (m,reader),g in table.groupby(['model','reader'], sort=False) if g.block.nunique()>1]
     return _panels(groups, lambda g, ax: block_plot(g, ax, metric), 5.5 if len(groups)==1 else 8.4, lambda g: 2.6) if groups else None
 
 def against_figure(table:pd.DataFrame, # of `study_table`

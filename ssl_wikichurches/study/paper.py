@@ -59,7 +59,7 @@ FIGURES = (
 LACKING = dict(shift='nothing was fine-tuned', tier_contrasts='no model was trained by two tiers', controls='no control was run (tiers random_labels, other_task, random_init)',
                control_contrasts='no control was run (tiers random_labels, other_task, random_init)', supervised='no tier used boxes (attn_supervised)', forgetting='no features were kept',
                supervision_contrasts='no tier used boxes (attn_supervised)', faithfulness='it was not asked for (wikichurches_report --faithful)')
-NO_DEPTH = 'every model has a pooling head, which reads the tokens once: there is one map, and no depth to look into'
+NO_DEPTH = 'no model has more than one block: there is no depth to look into'
 
 def why_lacking(
     analysis:Analysis,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from ..attention.maps import FORMAT, StoredMaps, load_maps
 from ..attention.metrics import PRIMARY
+from ..attention.scores import score_maps
 from ..backbones.encoders import load_backbone
 from ..backbones.forgetting import RunFeatures, load_features
 from ..data.churches import ChurchDataset, Churches, box_mask, church_id, eval_transform
@@ -423,6 +424,26 @@ def church_cells(self:OpenStudy,
 )->tuple: # before, after: a row per church, columns (block, head) with heads '0', '1', ... and 'mean'
     "Every block's and head's scores, averaged over seeds and then over the images of a church."
     return self.keep(('church cells',model,tier,metric), lambda: _church_cells(self, model, tier, metric))
+
+# %% ../../nbs/06c_reader.ipynb #46d921f2
+def _received_by_church(opened, model, names, metric):
+    seen,tables = opened.photographs(model),[]
+    for name in names:
+        maps = opened.maps(name).received.mean(2, keepdim=True)
+        t = score_maps(maps, seen.boxes, [*seen.names], seen.size, [*seen.groups], only=[metric]).query("head=='mean' and metric==@metric")
+        tables.append(t.pivot(index='image', columns='block', values='value'))
+    mean = sum(tables)/len(tables)
+    return mean.groupby(opened.groups(mean.index)).mean().rename_axis('church')
+
+@patch
+def received_cells(self:OpenStudy,
+    model:str, # with a pooling head
+    tier:str,
+    metric:str=PRIMARY,
+)->tuple: # before, after: a row per church, a column per block
+    "Scores of what patches receive in each block, mean over heads, averaged over seeds and then over the images of a church."
+    names = [*self.of_kind().query('model==@model and tier==@tier').name]
+    return tuple(self.keep(('received',*runs,metric), lambda: _received_by_church(self, model, runs, metric)) for runs in ([self.frozen[model]], names))
 
 # %% ../../nbs/06c_reader.ipynb #36717e7a
 def _slice(path, block):

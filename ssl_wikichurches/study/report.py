@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 from matplotlib import pyplot as plt
 from ..attention.plots import HOUSE
-from ..attention.scores import higher_is_better
+from ..attention.scores import gain_sign
 from ..data.churches import CHURCH, reworded
 from ..data.download import load_churches
 from ..data.files import write_file
@@ -83,7 +83,7 @@ def _controls_say(r):
 
 def _reasons(r, alpha):
     "What the layout-free metric and the controls make of a shift."
-    gains = [(1 if higher_is_better(m) else -1)*s for m,s in ((r.metric,r['shift']), (r.layout_metric,r.layout_shift))]
+    gains = [gain_sign(m)*s for m,s in ((r.metric,r['shift']), (r.layout_metric,r.layout_shift))]
     said = 'did not follow' if not r.layout_p<alpha else 'went the same way' if gains[0]*gains[1]>0 else 'went the other way'
     numbers = f'({_signed(r.layout_shift)}, {_signed(r.layout_low)} to {_signed(r.layout_high)})'
     doubt = ', so the shift may be one of layout, which says nothing of the boxed parts' if r.p_holm<alpha and said!='went the same way' else ''
@@ -180,7 +180,7 @@ def _found_parts(t):
     return _sure(t.discovery.sum(), len(t), f'shifts of recall, of a kind and a recipe each; the largest is that of {top.part} under {top.tier} of {top.model}, {_signed(top["shift"])}', 'Benjamini-Hochberg')
 def _found_blocks(t):
     up,down = (int(((t.p_step_down<.05)&(sign*t['shift']>0)).sum()) for sign in (1,-1))
-    return f'Significant among all blocks of a model and tier: {_count(up+down, len(t), "blocks")}, {up} up and {down} down.'
+    return f'Significant among all blocks of a model, tier and kind of map: {_count(up+down, len(t), "blocks")}, {up} up and {down} down.'
 def _found_heads(t):
     up,down = int(t.up.sum()),int(t.down.sum())
     return f'Significant among all heads of a model and tier: {_count(up+down, int(t.heads.sum()), "heads")}, {up} up and {down} down.'

@@ -10,7 +10,7 @@ __all__ = ['CONTRAST_COLUMNS', 'VERDICTS', 'VERDICT_COLUMNS', 'NOT_PRINTED', 'co
 import numpy as np, pandas as pd
 from scipy import stats
 from ..attention.metrics import PRIMARY
-from ..attention.scores import higher_is_better
+from ..attention.scores import gain_sign
 from ..finetune.tiers import CONTROLS, LINEAR, tier_method
 from ..stats.planted import mass_of_shift
 from ..stats.seeds import shift_difference
@@ -121,7 +121,7 @@ def verdict_table(
     "One word for every model and tier, by the analysis that the study declared."
     d = opened.study.declaration
     if opened.scores(d.metric).empty: return pd.DataFrame(columns=VERDICT_COLUMNS)
-    signs = {m:1 if higher_is_better(m) else -1 for m in (d.metric,d.layout_free)}
+    signs = {m:gain_sign(m) for m in (d.metric,d.layout_free)}
     table,layout = (plain_shifts(opened, m).query('tier!=@LINEAR').reset_index(drop=True) for m in signs)
     layout = layout[['model','tier','shift','low','high','p']].rename(columns={c:f'layout_{c}' for c in ('shift','low','high','p')})
     table = table.merge(layout, on=['model','tier'], how='left', validate='one_to_one').assign(metric=d.metric, layout_metric=d.layout_free)

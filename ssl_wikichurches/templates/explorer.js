@@ -160,6 +160,7 @@ function h(tag, attributes={}, ...children) {
 
 const signed = (x, digits=4) => x===undefined ? '–' : (x>=0 ? '+' : '−')+Math.abs(x).toFixed(digits)
 const plain = (x, digits=4) => x===undefined ? '–' : x.toFixed(digits)
+const digits = x => Math.max(1, Math.min(6, 1-Math.floor(Math.log10(x)))) // after the point, for two that say something
 const rgb = ([r, g, b]) => `rgb(${r} ${g} ${b})`
 const color = (scale, x) => scale[Math.max(0, Math.min(255, Math.floor(x*256)))] // x in [0, 1]
 
@@ -379,7 +380,7 @@ class Explorer {
     const levels = h('p', {})
     const row = h('article', {class: 'wc-row'}, title, h('div', {class: 'wc-panes'}, ...panes.map(p => p.figure), h('div', {class: 'wc-levels'}, levels,
       this.bar(study.scales.heat, plain(ends.low, 1), plain(ends.high, 1), 'share of attention, 1: even'),
-      this.bar(study.scales.difference, signed(-ends.most, 1), signed(ends.most, 1), 'difference of shares'))))
+      this.bar(study.scales.difference, signed(-ends.most, digits(ends.most)), signed(ends.most, digits(ends.most)), 'difference of shares'))))
     const drawn = {row, dress: now => {
       const of = m => m.differs ? `${plain(m.iou)} (table: ${plain(m.stored)}; its processor rounded otherwise)` : plain(m.iou), gain = now.after.iou-now.before.iou
       const paths = [now.before, now.after].map(m => outline(m.kept, size))
@@ -484,7 +485,7 @@ class Explorer {
       const focused = this.focused()
       this.list.replaceChildren(...all.map(({i, p, gain, before, after}) => h('li', {}, h('button', {type: 'button', 'data-item': i, title: p.title,
         'aria-label': `${p.title}, ${p.styles.join(' and ')}: ${signed(gain)} (${plain(before)} before, ${plain(after)} after)`, onclick: () => this.set({photo: p.name})},
-        h('img', {alt: '', 'data-photo': i, style: `aspect-ratio:${p.aspect}`}), h('span', {}, signed(gain, 3))))))
+        h('img', {alt: '', 'data-photo': i, style: `aspect-ratio:${p.aspect};width:min(100%, ${88*p.aspect}px)`}), h('span', {}, signed(gain, 3))))))
       this.list.querySelectorAll('img').forEach(e => this.eyes.observe(e))
       this.refocus(focused)
       this.tally.textContent = `${all.length} of ${this.study.photos.length} photographs; below each, the change of its IoU at percentile ${this.study.q} in this block and head`
