@@ -1,14 +1,14 @@
 "Annotated photographs of other collections: every box and mask, after every geometry, against an oracle that knows no code of ours."
 import json, re
 import numpy as np, pandas as pd, pytest, torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from pycocotools import mask as coco_mask
 from ssl_wikichurches.attention.scores import score_maps
 from ssl_wikichurches.cli import wikichurches_import
 from ssl_wikichurches.data.churches import CHURCH, GEOMETRIES, ChurchDataset, box_mask, eval_transform, reworded, train_transform
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.data.importing import dataset_format, import_dataset, read_coco, write_dataset
-from ssl_wikichurches.data.outlines import inside, mask_rle, outline_edges, outline_text, ring_edges, rle_edges, rle_mask
+from ssl_wikichurches.data.outlines import inside, mask_rle, outline_text, ring_edges, rle_edges, rle_mask
 from ssl_wikichurches.data.splits import make_split
 from ssl_wikichurches.finetune.attn_supervised import union_masks
 

@@ -17,7 +17,7 @@ import numpy as np, torch
 from jinja2 import Environment
 from ..attention.metrics import PRIMARY, n_kept
 from ..attention.plots import model_color
-from ..data.churches import ChurchDataset, eval_transform, read_church_records
+from ..data.churches import ChurchDataset, box_corners, eval_transform, read_church_records
 from ..data.codec import image_size
 from ..data.download import read_credits
 from ..data.files import write_file
@@ -172,7 +172,7 @@ def _boxes(opened):
     out = {}
     for m in opened.frozen:
         seen = opened.photographs(m)
-        of = {i['name']:[[*b,p] for b,p in zip(i['boxes'].tolist(), i['parts'])] for i in seen.items}
+        of = {i['name']:[[*b,p] for b,p in zip(box_corners(i['boxes']).tolist(), i['parts'])] for i in seen.items}
         out.setdefault(seen.size, {}).update(of)
     return {s:[of.get(n, []) for n in _photographs(opened)] for s,of in out.items()}
 
