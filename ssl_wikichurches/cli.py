@@ -6,8 +6,8 @@
 __all__ = ['EXPECTED', 'plain_errors', 'call_parse', 'read_recipes', 'compose_study', 'wikichurches_doctor', 'show_dry_run',
            'show_study', 'wikichurches_study', 'wikichurches_status', 'wikichurches_report', 'wikichurches_tensorboard',
            'wikichurches_explore', 'wikichurches_export', 'wikichurches_publish', 'wikichurches_paths',
-           'wikichurches_download', 'wikichurches_prepare', 'wikichurches_import', 'wikichurches_pretrain_tiny',
-           'wikichurches_probe_tiny', 'wikichurches_plan', 'wikichurches_calibrate']
+           'wikichurches_paper', 'wikichurches_download', 'wikichurches_prepare', 'wikichurches_import',
+           'wikichurches_pretrain_tiny', 'wikichurches_probe_tiny', 'wikichurches_plan', 'wikichurches_calibrate']
 
 # %% ../nbs/07_cli.ipynb #03f8413b
 import re, sys, tempfile, time, tomllib, traceback
@@ -334,7 +334,26 @@ def wikichurches_paths(
         table = mean_paths(study_paths(open_study(root), chosen, part=part, device=device or best_device()))
         print(table.round(4).to_string(index=False))
         if out: table.to_csv(out, index=False, float_format='%.9g')
-        if figure: paths_plot(table)[0,0].figure.savefig(figure, format='png')
+        if figure:
+            from matplotlib.pyplot import style
+            from ssl_wikichurches.attention.plots import HOUSE
+            with style.context(HOUSE): paths_plot(table)[0,0].figure.savefig(figure, format='png')
+
+# %% ../nbs/07_cli.ipynb #8e950bae
+@call_parse
+def wikichurches_paper(
+    root:str, # folder of a study with tables (`wikichurches_report` makes them)
+    out:str=None, # folder for figures, tables and paper.tex; paper/ in the study's folder where not given
+    debug:store_true=False, # raise errors as they are
+):
+    "Write figures (SVG, PDF) and tables (LaTeX) of a study, with captions, from its tables alone."
+    with plain_errors('wikichurches_paper', debug):
+        root = study_folder(root)
+        from ssl_wikichurches.study.analysis import read_tables
+        from ssl_wikichurches.study.paper import write_paper
+        folder,shown,lacking = write_paper(read_tables(root/'tables'), out)
+        print(f"{sum(e.is_figure for e in shown)} figures, {sum(not e.is_figure for e in shown)} tables: {folder/'paper.tex'}")
+        for name,why in lacking.items(): print(f'{name} is left out: {why}')
 
 # %% ../nbs/07_cli.ipynb #342129c8
 def _selection(images, all):

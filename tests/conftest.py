@@ -71,3 +71,13 @@ def real():
     root = os.environ.get('WIKICHURCHES_TEST_DATA')
     if not root: pytest.skip('WIKICHURCHES_TEST_DATA is not set: real photographs and weights are not tested')
     return Path(root)
+
+@pytest.fixture(scope='session')
+def browser():
+    "Chromium without a window, where the machine has one."
+    sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pages are not looked at')
+    if not (path := next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)): pytest.skip('no Chromium on this machine: pages are not looked at')
+    with sync.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield found
+        found.close()

@@ -26,7 +26,7 @@ def test_wrong_arguments_are_refused_before_torch_is_loaded(tmp_path):
              ("wikichurches_study(geometry='stretch')", 'squash'), ("wikichurches_study(labels='all')", 'leaf'), ("wikichurches_study(seeds='0,x')", "seed 'x'"),
              ("wikichurches_study(tiers='attn_supervised')", 'add full'), ("wikichurches_study(tiers='random_labels')", 'add full'),
              ("wikichurches_study('no.toml')", 'no study file'), ("wikichurches_study('unknown.toml')", "unknown field 'modls'"),
-             ("wikichurches_study(recipe='epochs=3')", 'tier.field=value'), ("wikichurches_report('.')", 'no folder of a study'),
+             ("wikichurches_study(recipe='epochs=3')", 'tier.field=value'), ("wikichurches_report('.')", 'no folder of a study'), ("wikichurches_paper('.')", 'no folder of a study'),
              ("wikichurches_tensorboard('.')", 'no folder of a study'), ("wikichurches_paths('.')", 'no folder of a study')]
     script = f"""
 import sys

@@ -290,7 +290,7 @@ def test_flags_change_the_file(tmp_path):
 
 def test_report_stands_alone(done, tmp_path):
     html = write_report(analyse(open_study(done)), tmp_path/'r.html').read_text()
-    assert not re.search(r'(src|href)="(?!data:)', html) and html.count('<img')==2+3+2 and 'identical by construction' in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html) and html.count('<svg ')==10 and html.count('<img ')==2 and 'identical by construction' in html
     for word in ('tiny-siglip','12 held-out images of 12 churches','Holm','backbone_lr','torch '): assert word in html
 
 def test_names_from_outside_cannot_break_the_page(folder, tmp_path):

@@ -6,7 +6,7 @@ import pytest, yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
-NUMBERED = [p for p in NOTEBOOKS if p.name[0].isdigit()]
+NUMBERED = sorted((p for p in NOTEBOOKS if p.name[0].isdigit()), key=lambda p: (p.stem.startswith('07'), p.name)) # in the order of imports: the commands, which call the paper too, come last
 by_name = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 
 def cells(path, kind='code'): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type']==kind]
@@ -39,13 +39,13 @@ def test_imports_point_backwards():
     assert {'.'.join(p.relative_to(package).with_suffix('').parts) for p in package.rglob('[a-z]*.py')}==seen # every module has a notebook
     assert imported(ROOT/'nbs'/'index.ipynb')<=seen
 
-WINGS = {'00':'data', '01':'backbones', '02':'attention', '03':'finetune', '04':'finetune', '05':'stats', '06':'study', '07':'cli'}
+WINGS = {'00':'data', '01':'backbones', '02':'attention', '03':'finetune', '04':'finetune', '05':'stats', '06':'study', '90':'study', '07':'cli'}
 LINE = ('00_data','01_backbones','02_attention','03_finetune_linear','03_finetune_lora','03_finetune_full','04_attn_supervised','05_iou_stats')
 
 def test_the_number_of_a_notebook_is_its_wing():
     for p in NUMBERED: assert [d.split('.')[0] for d in defined(p)]==[WINGS[p.stem[:2]]], p.name
     assert {*LINE}<={p.stem for p in NUMBERED}
-    letters = [re.match(r'\d\d[A-Za-z](?=_)', p.stem) for p in NUMBERED if p.stem not in (*LINE,'07_cli')]
+    letters = [re.match(r'\d\d[A-Za-z](?=_)', p.stem) for p in NUMBERED if p.stem not in (*LINE,'07_cli','90_paper')]
     assert all(letters) and len({m[0].lower() for m in letters})==len(letters), 'every side room has a letter of its own'
 
 def test_wings_stand_in_line():

@@ -173,7 +173,7 @@ def test_report_and_result_files(root, tmp_path):
     analysis = analyse(open_study(root))
     text = write_report(analysis).read_text()
     assert 'Attention pulled into boxes' in text and text.count('attn_supervised-prior')>=2
-    assert 'attn_supervised' not in text.split('Attention pulled into boxes')[0].split('<h2>Shift</h2>')[1]
+    assert 'attn_supervised' not in text.split('<h2>Attention pulled into boxes</h2>')[0].split('<h2>Shift</h2>')[1]
     folder = save_results(analysis, tmp_path/'small')
     assert pd.read_csv(folder/'supervised.csv').tier.tolist()==supervised_table(open_study(root)).tier.tolist() and len(pd.read_csv(folder/'contrasts.csv'))==6
 

@@ -91,8 +91,8 @@ def history_plot(
     losses.set(xlabel='epoch', ylabel='weighted cross-entropy')
     recalls.set(xlabel='epoch', ylabel='recall on validation', ylim=(-.03,1.03))
     for ax in axs: ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    losses.legend(fontsize=8, frameon=False)
-    recalls.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    losses.legend(frameon=False)
+    recalls.legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
 # %% ../../nbs/02c_plots.ipynb #44a091de

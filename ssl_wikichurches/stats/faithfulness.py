@@ -188,7 +188,7 @@ def curve_plot(
             ax.plot(mean.index, mean, label=order, color='k' if known else color, ls=_ORDER_LINES.get(order, '-'), lw=1.2 if known else 2)
         ax.set(title=kind, xlabel=f'share of patches {verb}', xlim=(0,1), ylim=(0,1))
     axs[0].set_ylabel('probability of the true class')
-    axs[1].legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    axs[1].legend(frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
 # %% ../../nbs/05a_faithfulness.ipynb #8e7bd8fb

@@ -163,10 +163,10 @@ def baseline_plot(
         ax.plot(v.chance.mean(), y, '|', color='.75', ms=14, mew=4)
         for b in baselines: ax.vlines(v.value[b].mean(), y-.4, y+.4, color=_GRAYS[b], ls=_LINES[b], lw=2 if b=='untrained' else 1.3)
         ax.plot([ci.low,ci.high], [y,y], color=color, lw=2); ax.plot(own.mean(), y, 'o', color=color, ms=7)
-    ax.set_yticks(range(len(models)), models, fontsize=9); ax.set_ylim(len(models)-.4, -.6); ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_yticks(range(len(models)), models); ax.set_ylim(len(models)-.4, -.6); ax.set_xlabel(xlabel)
     handles = [Line2D([], [], color=_GRAYS[b], ls=_LINES[b], lw=2 if b=='untrained' else 1.3, label=b) for b in baselines]
     chance = Line2D([], [], color='.75', marker='|', ls='', ms=10, mew=4, label='chance')
-    ax.legend(handles=[chance,*handles], fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1,1), handlelength=3)
+    ax.legend(handles=[chance,*handles], frameon=False, loc='upper left', bbox_to_anchor=(1,1), handlelength=3)
     return ax
 
 # %% ../../nbs/06h_blind_baselines.ipynb #0d80424c

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from ..attention.metrics import PRIMARY
-from ..attention.plots import model_color
+from ..attention.plots import HOUSE, model_color
 from ..attention.scores import gain_sign
 from ..data.files import write_tensors
 from ..finetune.tiers import LINEAR
@@ -95,11 +95,11 @@ def calibration_plot(
             ax.plot([r[f'{own}low'],r[f'{own}high']], [y,y], color=color, lw=1.4)
             ax.plot(r[f'{own}shift'], y, tier_marker(r['tier']), color=color, ms=6, mfc=color if r['claims']!='nothing' else 'w')
         for y in range(1, len(worlds)): ax.axhline(y-.5, color='.85', lw=.8, zorder=0)
-        ax.set_xlabel(f"shift of {table[f'{own}metric'].iloc[0]}", fontsize=10); ax.locator_params(axis='x', nbins=5)
-    axs[0].set_yticks(range(len(worlds)), [f'{w}\ntrue: {" or ".join(TRUTHS[w])}' for w in worlds], fontsize=10)
+        ax.set_xlabel(f"shift of {table[f'{own}metric'].iloc[0]}"); ax.locator_params(axis='x', nbins=5)
+    axs[0].set_yticks(range(len(worlds)), [f'{w}\ntrue: {" or ".join(TRUTHS[w])}' for w in worlds])
     axs[0].set_ylim(len(worlds)-.45, -.55)
     handles = [axs[1].plot([], [], tier_marker(t), color=model_color(m), label=f'{m}  {t}')[0] for m,t in pairs]
-    axs[1].legend(handles=handles, fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
+    axs[1].legend(handles=handles, frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
 # %% ../../nbs/06t_calibration.ipynb #bf2e0a33
@@ -140,7 +140,7 @@ def save_calibration(
     first,tier = table.iloc[0],'full' if 'full' in {*table.tier} else table.tier.iloc[0]
     maps = {f'{w}/{k}':v for w,o in opened.items() if len(TRUTHS[w])==1 for k,v in first_maps(o, first.model, tier).items()}
     write_tensors(folder/'pair.safetensors', maps, dict(model=first.model, tier=tier))
-    (figure := calibration_plot(table)[0].figure).savefig(folder/'calibration.png', dpi=100)
+    with plt.style.context(HOUSE): (figure := calibration_plot(table)[0].figure).savefig(folder/'calibration.png', dpi=100)
     plt.close(figure)
     return table
 

@@ -189,11 +189,10 @@ def when_plot(
     ax = ax or plt.subplots(figsize=(4.2,2.3), dpi=80, layout='constrained')[1]
     color,behind = model_color(table.model.iloc[0]),ax.twinx()
     behind.plot(table.epoch, table.val_balanced_accuracy, color='gray', ls='--', lw=1); behind.set_ylim(0, 1.02)
-    behind.tick_params(labelsize=7, colors='gray'); behind.set_ylabel('balanced accuracy', fontsize=7, color='gray')
+    behind.tick_params(colors='gray'); behind.set_ylabel('balanced accuracy', color='gray')
     ax.axhline(0, color='k', lw=.8)
     ax.fill_between(table.epoch, table.low, table.high, color=color, alpha=.2, lw=0)
     ax.plot(table.epoch, table['shift'], color=color, marker='o', ms=3, lw=1.2)
     if table.epoch.iloc[-1]>20*(first := table.epoch.iloc[1]): ax.set_xscale('symlog', linthresh=first, linscale=.4)
-    ax.set_xlabel('epoch', fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.set_title(f'{table.model.iloc[0]}  {table.tier.iloc[0]}', fontsize=9)
-    ax.tick_params(labelsize=7)
+    ax.set_xlabel('epoch'); ax.set_ylabel(ylabel); ax.set_title(f'{table.model.iloc[0]}  {table.tier.iloc[0]}')
     return ax
