@@ -51,7 +51,7 @@ def test_decay_of_vectors_by_depth():
     assert sum(len(g['params']) for g in groups)==sum(p.requires_grad for p in model.parameters())
 
 def test_decay_of_vectors_in_a_training(data):
-    fit = lambda **k: fit_full(load_backbone('tiny-clip'), data, FullRecipe(epochs=1, lr=1e-2, weight_decay=.9, **k)).classifier
+    fit = lambda **k: fit_full(load_backbone('tiny-clip'), data, FullRecipe(epochs=2, lr=1e-2, batch=9, weight_decay=.9, **k)).classifier
     default,decayed = fit(),fit(decay_vectors=True)
     assert not torch.equal(default.bias, decayed.bias)
     torch.testing.assert_close(default.weight, decayed.weight, atol=1e-3, rtol=0) # decayed in both

@@ -258,12 +258,17 @@ def _affine(function, width, like):
     return matrix.float(),constant.float()
 
 # %% ../../nbs/02a_attribution.ipynb #c447a67b
+def _asks_for(module):
+    "Number of inputs that a module cannot do without."
+    given = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given)
+
 def _output_maps(backbone, calls, exits, like):
     "Matrix and constant behind each of the `calls`: output projection, then LayerScale."
     for i,(call,found) in enumerate(zip(calls, exits, strict=True)):
         bare = _bare_scale(backbone, backbone.layers[i]) if i<backbone.depth else None
         if call.out_proj is None and found['project'] is None: raise ValueError(f"no module follows attention call {i} of {backbone.spec.name}")
-        if call.out_proj is None and len(inspect.signature(found['project'].forward).parameters)>1:
+        if call.out_proj is None and _asks_for(found['project'])>1:
             raise ValueError(f"what follows attention in {backbone.spec.name} takes more than its output: the parts that tokens contribute cannot be told apart")
         if bare is not None and found['scale'] is not None: raise ValueError(f"block {i} of {backbone.spec.name} seems to have two LayerScales")
         def function(x):
