@@ -8,7 +8,7 @@ classifies images or serves as a backbone. Weights are random, attention is made
 attention without a fused kernel: the softmax that the library itself computes then. Any other error than a refusal in one sentence ends the script."""
 import argparse, copy, json, os, re, sys, tempfile, warnings
 from pathlib import Path
-os.environ.setdefault('OMP_NUM_THREADS', '1'); os.environ['HF_HUB_OFFLINE'] = '1'
+if __name__=='__main__': os.environ.setdefault('OMP_NUM_THREADS', '1'); os.environ['HF_HUB_OFFLINE'] = '1' # before libraries read them; not where a test imports this
 import pandas as pd, timm, torch, transformers
 from safetensors.torch import save_file
 from torch.nn import functional as F
