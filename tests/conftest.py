@@ -76,7 +76,7 @@ def real():
 def browser():
     "Chromium without a window, where the machine has one."
     sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pages are not looked at')
-    if not (path := next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)): pytest.skip('no Chromium on this machine: pages are not looked at')
+    if not (path := os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)): pytest.skip('no Chromium on this machine: pages are not looked at')
     with sync.sync_playwright() as p:
         found = p.chromium.launch(executable_path=path, args=['--no-sandbox'])
         yield found

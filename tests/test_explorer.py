@@ -1,5 +1,5 @@
 "The explorer of a study, as a reader meets it: in a browser."
-import base64, functools, http.server, json, os, shutil, threading
+import base64, functools, http.server, json, shutil, threading
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -10,18 +10,7 @@ from ssl_wikichurches.data.churches import box_mask
 from ssl_wikichurches.study.explorer import explorer_entries, explorer_file, explorer_study, unpack_numbers, write_explorer, write_explorer_folder
 from ssl_wikichurches.study.reader import open_study
 
-CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 RUN = 'tiny-clip-full-seed0'
-
-@pytest.fixture(scope='module')
-def browser():
-    "The system's browser."
-    sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pages are not looked at')
-    if CHROMIUM is None: pytest.skip('no Chromium on this machine: pages are not looked at')
-    with sync.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-        yield found
-        found.close()
 
 @pytest.fixture(scope='module')
 def opened(finished): return open_study(finished)
