@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from ..backbones.registry import PUBLISHED
 from ..data.files import available_cores, cache_dir
-from ..finetune.tiers import FROZEN, LINEAR
-from .plan import Study, tier_recipe
+from ..finetune.tiers import FROZEN
+from .plan import Study, forward_passes
 from .status import duration
 
 # %% ../../nbs/06w_doctor.ipynb #7b415d3f
@@ -228,9 +228,8 @@ def study_seconds(
     photographs:int=TRAINED, # to train on
 )->float: # of the whole study
     "How long the runs of a study of ViT-Bs take."
-    def passes(tier): return 1 if tier in (FROZEN,LINEAR) else 3*getattr(tier_recipe(study, tier), 'epochs', 1)
     def tokens(model): return PUBLISHED[model].size**2//PUBLISHED[model].patch**2 if model in PUBLISHED else 196
-    seen = sum(tokens(m)*passes(t)*(1 if t==FROZEN else len(study.seeds)) for m in study.sources for t in (FROZEN,*study.tiers))
+    seen = sum(tokens(m)*forward_passes(study, t)*(1 if t==FROZEN else len(study.seeds)) for m in study.sources for t in (FROZEN,*study.tiers))
     return 2*WEIGHTS_B*photographs*seen/(rate*SHARE)
 
 # %% ../../nbs/06w_doctor.ipynb #2c7d8342

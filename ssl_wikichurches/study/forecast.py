@@ -11,9 +11,8 @@ import numpy as np, pandas as pd, torch
 from dataclasses import replace
 from pathlib import Path
 from ..backbones.encoders import load_backbone
-from ..finetune.tiers import FROZEN, LINEAR
 from ..stats.planted import detectable_mass
-from .plan import Study, tier_recipe
+from .plan import Study, forward_passes
 from .reader import OpenStudy, open_study
 from .status import duration, study_states
 
@@ -65,8 +64,7 @@ def cost_forecast(
         if np.isnan(expected):
             source,basis = study.sources[model],'a forward pass'
             forward[source] = forward.get(source) or _forward_seconds(source)
-            passes = 1 if tier in (FROZEN,LINEAR) else 3*getattr(tier_recipe(study, tier), 'epochs', 1)
-            expected = forward[source]*photographs*passes
+            expected = forward[source]*photographs*forward_passes(study, tier)
         rows.append(dict(model=model, tier=tier, runs=len(g), missing=int((g.state!='done').sum()), seconds=expected, basis=basis))
     return pd.DataFrame(rows)
 

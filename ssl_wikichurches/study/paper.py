@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from ..attention.plots import HOUSE
 from ..data.churches import CHURCH, reworded
 from ..data.files import write_file
-from .analysis import ABOUT, Analysis, Table
+from .analysis import Analysis
 from .calibration import calibration_plot
 from .figures import (against_figure, block_figure, control_figure, difference_figure, forgetting_figure, grid_figure, head_levels_figure, headline_figure, level_figure,
                                             plain_metric, price_figure, ranking_figure, slope_figure, tier_figure)
 from .paths import paths_plot
-from .report import answer, cell_text
+from .report import cell_text
 
 # %% ../../nbs/90_paper.ipynb #7c1fb2e8
 @dataclass(frozen=True)
