@@ -3,10 +3,13 @@ import ast, importlib, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 import pandas as pd, pytest, yaml
+from ssl_wikichurches.study.pages import _comments, _public, say_usual
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT/'nbs'
 NOTEBOOKS = sorted(NBS.glob('*.ipynb'))
+QUARTO = yaml.safe_load((NBS/'_quarto.yml').read_text())
+OURS = re.compile(r'https://github\.com/ssl-wikichurches/ssl_wikichurches/(?:blob|tree)/main/([^#]+)') # a file of this repository
 
 def leaves(contents):
     for c in contents:
@@ -15,37 +18,39 @@ def leaves(contents):
 
 LINE = ['00_data','01_backbones','02_attention','03_finetune_linear','03_finetune_lora','03_finetune_full','04_attn_supervised','05_iou_stats']
 
-def wrong_navigation(site):
-    "Pages that the sidebar lacks or has twice, links of the menus that lead nowhere, and whether reading does not begin with the line through the house."
+def wrong_navigation(site, made):
+    "Pages that the sidebar lacks or has twice, links of the menus that lead nowhere, and whether reading does not begin with the line through the house. `made`: the finished site."
     listed = [*leaves(site['sidebar']['contents'])]
-    pages = [p.name for p in NOTEBOOKS]+['references.qmd']
+    pages = [p.name for p in (*NOTEBOOKS, *NBS.glob('*.qmd')) if p.name!='404.qmd']
     wrong = sorted({p for p in listed+pages if listed.count(p)!=1 or p not in pages})
     items = [i for item in site['navbar']['left']+site['navbar']['right'] for i in (item['menu'] if 'menu' in item else [item])]
-    for href in (i['href'] for i in items if not i['href'].startswith('http')):
+    for href in (i['href'] for i in items):
         page,_,anchor = href.partition('#')
-        if anchor and page.endswith('.ipynb'): wrong.append(href) # Quarto finds no notebook of such a name
-        page = page.replace('index.html', 'index.ipynb')
-        if not (NBS/page).is_file() or anchor and anchor not in anchors((NBS/page).read_text() if page.endswith('.qmd') else md_of(NBS/page)): wrong.append(href)
-    return wrong+['order of reading']*(listed[:9]!=['index.ipynb',*(f'{n}.ipynb' for n in LINE)])
+        if own := OURS.match(href): wrong += [href]*(not (ROOT/own[1]).exists())
+        elif href.startswith('http'): continue
+        elif anchor and page.endswith('.ipynb'): wrong.append(href) # Quarto finds no notebook of such a name
+        elif (page := page.replace('index.html', 'index.ipynb') if anchor else page).endswith('.html'): wrong += [href]*(not (made/page).is_file())
+        elif not (NBS/page).is_file() or anchor and anchor not in anchors((NBS/page).read_text() if page.endswith('.qmd') else md_of(NBS/page)): wrong.append(href)
+    first = [n for n in listed if n!='demonstration.qmd'][:9]
+    return wrong+['order of reading']*(first!=['index.ipynb',*(f'{n}.ipynb' for n in LINE)])
 
-def test_navigation_lists_every_notebook_once():
-    assert not wrong_navigation(yaml.safe_load((NBS/'_quarto.yml').read_text())['website'])
+def test_navigation_lists_every_page_once(processed): assert not wrong_navigation(QUARTO['website'], processed/'_docs')
 
 def test_the_front_page_leads_to_every_notebook():
     text = md_of(NBS/'index.ipynb')
     assert not (lost:=[p.name for p in NOTEBOOKS if f']({p.name}' not in text and p.stem!='index']), f'no link to {lost} on the front page'
 
-def test_a_wrong_navigation_would_be_found():
+def test_a_wrong_navigation_would_be_found(processed):
     site = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']
-    line = site['sidebar']['contents'][1]['contents']
-    line.append(line.pop(0))
-    site['sidebar']['contents'][2]['contents'].remove('00A_files.ipynb')
-    site['navbar']['left'][1]['menu'][0]['href'] = 'index.html#nowhere'
-    assert wrong_navigation(site)==['00A_files.ipynb', 'index.html#nowhere', 'order of reading']
+    _,_,line,data,*_ = site['sidebar']['contents']
+    line['contents'].append(line['contents'].pop(0))
+    data['contents'].remove('00A_files.ipynb')
+    for item,href in zip(site['navbar']['left'][1]['menu'], bad := ['index.html#nowhere', 'demo/gone.html', 'https://github.com/ssl-wikichurches/ssl_wikichurches/tree/main/gone']): item['href'] = href
+    assert wrong_navigation(site, processed/'_docs')==['00A_files.ipynb', *bad, 'order of reading']
 
 def test_files_of_the_configuration():
     assert not (NBS/'_quarto.yml').is_symlink() and not (ROOT/'_quarto.yml').exists() # a symlink is a text file in a checkout on Windows
-    site = yaml.safe_load((NBS/'_quarto.yml').read_text())
+    site = QUARTO
     named = [t for themes in site['format']['html']['theme'].values() for t in themes if t.endswith('css')]+[site['bibliography'], site['website']['favicon'], '404.qmd']
     assert all((NBS/t).is_file() for t in named)
 
@@ -69,23 +74,28 @@ def pages(folder): # page -> markdown (of cells, and of outputs such as nbdev's 
         written = [c['source'] for c in d['cells'] if c['cell_type'] in ('markdown','raw')]
         shown = [o.get('data', {}).get('text/markdown', '') for c in d['cells'] for o in c.get('outputs', [])]
         out[p.name] = '\n\n'.join(map(''.join, written+shown)), '\n'.join(''.join(c['source']) for c in d['cells'] if c['cell_type']=='code')
-    return out
+    return out|{p.name:(p.read_text(),'') for p in sorted(folder.glob('*.qmd'))}
 
-def dead(folder, site_url):
-    "Links and cross-references of a folder of notebooks that lead nowhere."
+def numbered(md): return re.findall(r'^(?:.*[^ ])?\$\$ \{#(eq-[\w-]+)\}$', md, re.M) # where Quarto sees them: behind the end of a displayed equation
+
+def dead(folder, site_url, made=None):
+    "Links and cross-references of a folder of pages that lead nowhere. `made`: the finished site, for what is no page of the folder; without it, such links are not looked at."
     found,wrong = pages(folder),[]
-    file_of = {re.search(r'^output-file: *(\S+)', md, re.M).group(1) if 'output-file:' in md else n.replace('.ipynb','.html'): n for n,(md,_) in found.items()}
-    labels = {l for md,code in found.values() for l in re.findall(r'^#\| *label: *(\S+)', code, re.M)+re.findall(r'\{#((?:fig|tbl|sec|eq)-[\w-]+)', md)}
-    for name,(md,_) in found.items():
+    file_of = {re.search(r'^output-file: *(\S+)', md, re.M).group(1) if 'output-file:' in md else re.sub(r'\.(ipynb|qmd)$', '.html', n): n for n,(md,_) in found.items()}
+    for name,(md,code) in found.items():
         prose = re.sub(r'```.*?```|`[^`\n]*`', '', md, flags=re.S)
-        for target in re.findall(r'\]\(<?([^)\s>]+)', md)+re.findall(r'href="([^"]+)"', md):
+        for target in re.findall(r'\]\(<?([^)\s>]+)', md)+re.findall(r'(?:href|src)="([^"]+)"', md):
+            if (own := OURS.match(target)) and not (ROOT/own[1]).exists(): wrong.append((name, target))
             if target.startswith(site_url): target = target[len(site_url):].lstrip('/')
             if re.match(r'(https?|mailto|data):', target): continue
             page,_,anchor = target.partition('#')
-            page = file_of.get(page, page) or name
-            if page not in found and not (folder/page).exists(): wrong.append((name, target))
+            page = file_of.get(page.lstrip('/'), page) or name
+            if page.endswith('.html'): wrong += [(name, target)]*(made is not None and not (made/page.lstrip('/')).is_file())
+            elif page not in found and not (folder/page).exists(): wrong.append((name, target))
             elif anchor and page in found and anchor not in anchors(found[page][0]): wrong.append((name, target))
+        labels = {*re.findall(r'^#\| *label: *(\S+)', code, re.M), *re.findall(r'\{#((?:fig|tbl|sec)-[\w-]+)', md), *numbered(md)} # of this page: those of another one are out of reach
         wrong += [(name, '@'+ref) for ref in re.findall(r'(?<![\w@])@((?:fig|tbl|sec|eq)-[\w-]+)', prose) if ref not in labels]
+        wrong += [(name, 'not referred to: '+ref) for ref in re.findall(r'\{#(eq-[\w-]+)', prose) if f'@{ref}' not in prose]
     return wrong
 
 def test_links_of_the_sources(): assert not dead(NBS, 'https://ssl-wikichurches.github.io/ssl_wikichurches')
@@ -93,21 +103,42 @@ def test_links_of_the_sources(): assert not dead(NBS, 'https://ssl-wikichurches.
 def test_a_dead_link_would_be_found(tmp_path):
     def page(name, text): (tmp_path/name).write_text(json.dumps(dict(cells=[dict(cell_type='markdown', source=[text])])))
     page('a.ipynb', '# A\n\n## A section\n\nSee [b](b.ipynb#there), [here](#a-section), @fig-none, [gone](gone.ipynb), [far](https://example.org)')
-    page('b.ipynb', '# B\n\n## Here')
-    assert dead(tmp_path, 'https://site')==[('a.ipynb','b.ipynb#there'), ('a.ipynb','gone.ipynb'), ('a.ipynb','@fig-none')]
+    page('b.ipynb', '# B\n\n## Here\n\n$$x=1$$ {#eq-one}\n\n$$x=2$$ {#eq-two}\n\n$x=3$ {#eq-three}\n\nBy @eq-one and @eq-three.')
+    page('c.ipynb', '# C\n\nBy @eq-one. [Explorer](demo/index.html), [code](https://github.com/ssl-wikichurches/ssl_wikichurches/blob/main/gone.py)')
+    wrong = [('a.ipynb','b.ipynb#there'), ('a.ipynb','gone.ipynb'), ('a.ipynb','@fig-none'), ('b.ipynb','@eq-three'), ('b.ipynb','not referred to: eq-two'),
+             ('c.ipynb','https://github.com/ssl-wikichurches/ssl_wikichurches/blob/main/gone.py'), ('c.ipynb','@eq-one')]
+    assert dead(tmp_path, 'https://site')==wrong
+    assert dead(tmp_path, 'https://site', tmp_path)==wrong[:5]+[('c.ipynb','demo/index.html')]+wrong[5:]
+
+STAND_INS = dict( # what `make site` calls beside nbdev: Quarto, of which only what it copies is done, and the explorer's command, which writes as `--folder` does
+    quarto="""
+with open(os.environ['QUARTO_CALLS'], 'a') as f: print(os.getcwd(), 'quarto', *sys.argv[1:], file=f)
+os.mkdir('_docs')
+for folder in yaml.safe_load(open('_quarto.yml').read())['project'].get('resources', []): shutil.copytree(folder, f'_docs/{folder}')
+""", wikichurches_explore="""
+study,flag,out_flag,out = sys.argv[1:]
+assert (study,flag,out_flag)==('runs/demo','--folder','--out') and os.path.isdir(study)
+os.makedirs(f'{out}/data')
+for name in ('index.html','data/run0.hits'): open(f'{out}/{name}', 'w').close()
+""")
 
 @pytest.fixture(scope='module')
 def processed(tmp_path_factory):
-    "The pages as nbdev hands them to Quarto: made in a copy, with a stand-in for Quarto that notes how it was called."
+    "The site as `make site` makes it of a study that is there, in a copy, with stand-ins for what is not tested here."
     home = tmp_path_factory.mktemp('site')
-    for name in ('nbs','ssl_wikichurches','settings.ini','README.md'):
-        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints','*.safetensors'))
+    for name in ('nbs','ssl_wikichurches','settings.ini','README.md','Makefile'):
+        if (ROOT/name).is_dir(): shutil.copytree(ROOT/name, home/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints','*.safetensors','demo'))
         else: shutil.copy(ROOT/name, home/name)
+    (home/'runs'/'demo').mkdir(parents=True)
+    (home/'runs'/'demo'/'report.html').write_text('the report')
     (home/'bin').mkdir()
-    (home/'bin/quarto').write_text('#!/bin/sh\necho "$PWD quarto $*" >> "$QUARTO_CALLS"\nmkdir -p _docs\n')
-    (home/'bin/quarto').chmod(0o755)
+    for name,code in STAND_INS.items():
+        (home/'bin'/name).write_text(f'#!{sys.executable}\nimport os, shutil, sys, yaml{code}')
+        (home/'bin'/name).chmod(0o755)
+    (home/'bin'/'nbdev_docs').write_text(f'#!/bin/sh\nexec {Path(sys.executable).parent}/nbdev_docs --n_workers 0\n')
+    (home/'bin'/'nbdev_docs').chmod(0o755)
     env = os.environ|dict(PATH=f"{home/'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", QUARTO_CALLS=str(home/'calls'))
-    done = subprocess.run(['nbdev_docs','--n_workers','0'], cwd=home, env=env, capture_output=True, text=True)
+    done = subprocess.run(['make','-o','study','site','BIN=bin'], cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode==0, done.stdout+done.stderr
     return home
 
@@ -117,7 +148,14 @@ def test_nbdev_hands_every_page_to_quarto(processed):
     assert sorted(p.name for p in (processed/'_proc').glob('*.ipynb'))==[p.name for p in NOTEBOOKS]
     made = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())
     assert made['project']['output-dir']=='_docs' and made['website']['title']=='ssl_wikichurches'
-    assert yaml.safe_load((processed/'_proc'/'_quarto.yml').read_text())==yaml.safe_load((NBS/'_quarto.yml').read_text())
+    assert yaml.safe_load((processed/'_proc'/'_quarto.yml').read_text())==QUARTO
+
+def test_the_workflow_makes_the_site_that_is_tested():
+    steps = yaml.safe_load((ROOT/'.github'/'workflows'/'site.yml').read_text())['jobs']['site']['steps']
+    assert [s['run'] for s in steps if 'run' in s]==['make site']
+    from inspect import signature
+    from ssl_wikichurches.cli import wikichurches_explore
+    assert {'root','folder','out'}<={*signature(wikichurches_explore).parameters}
 
 # ---- figures and tables
 
@@ -187,7 +225,15 @@ def test_links_of_the_pages(processed):
     "Also those that nbdev made of names in backticks."
     url = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())['website']['site-url']
     assert any('](backbones.html#load_backbone)' in md for md,_ in pages(processed/'_proc').values())
-    assert not dead(processed/'_proc', url)
+    assert not dead(processed/'_proc', url, processed/'_docs')
+
+def test_explorer_and_report_are_in_the_site(processed, tmp_path):
+    "And a link to one that is not there is found: on the front page, on the page of the explorer, and in the menu."
+    made = {p.relative_to(processed/'_docs').as_posix() for p in (processed/'_docs').rglob('*') if p.is_file()}
+    assert made=={'demo/index.html','demo/data/run0.hits','demo/report.html'}
+    url = yaml.safe_load((processed/'_proc'/'nbdev.yml').read_text())['website']['site-url']
+    assert dead(processed/'_proc', url, tmp_path)==[('index.ipynb','demo/report.html'), ('demonstration.qmd','demo/report.html'), *[('demonstration.qmd','demo/index.html')]*2]
+    assert wrong_navigation(QUARTO['website'], tmp_path)==['demo/report.html']
 
 # ---- entries of functions and classes
 
@@ -218,8 +264,34 @@ def test_entries_are_whole(processed):
     assert sum(len(c) for _,_,c in public_classes())>300
     assert sum('{.api-links}' in md for md,_ in found.values())>60
 
+def parameters(code):
+    "Of the public definitions of a cell: name of each parameter and field that a page shows, and whether anything is said of it there."
+    comments,lines = _comments(code),code.splitlines()
+    for n in ast.parse(code).body:
+        if not isinstance(n, (ast.FunctionDef,ast.ClassDef)) or n.name.startswith('_'): continue
+        shown = [(f.target.id,f,'') for f in n.body if isinstance(f, ast.AnnAssign) and not f.target.id.startswith('_')] if isinstance(n, ast.ClassDef) else []
+        for f in [n] if isinstance(n, ast.FunctionDef) else [f for f in n.body if isinstance(f, ast.FunctionDef) and _public(f)]:
+            a = f.args
+            shown += [(p.arg,p,ast.get_docstring(f) or '') for p in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if p and p.arg not in ('self','cls')]
+        for name,at,doc in shown:
+            line = lines[at.lineno-1]
+            yield f'{n.name}.{name}',any(l in comments for l in range(at.lineno, at.end_lineno+1)) or f'`{name}`' in doc or 'Param(' in line or '#' in say_usual(line)
+
+def bare_parameters(sources): return [name for code in sources for name,said in parameters(code) if not said]
+
+def exported():
+    for p in NOTEBOOKS: yield from (src for c in json.loads(p.read_text())['cells'] if c['cell_type']=='code' and re.search(r'^#\| *export\b', src := ''.join(c['source']), re.M))
+
+def test_every_parameter_is_said_something_of():
+    assert {*bare_parameters(exported())}<={'iou_of_top.places','once.f','Comparison.maps','Comparison.target','Metric.source','image_iou.batch','html_table.table'}
+    assert sum(1 for code in exported() for _ in parameters(code))>2700
+
+def test_a_bare_parameter_would_be_found():
+    code = 'class Box:\n    left:int # in pixels\n    top:int\n    def grow(self, by): # pixels\n        return by\n    def cut(self, by): return by\ndef f(\n    seed:int=0,\n    other=1,\n): return seed'
+    assert bare_parameters([code])==['Box.top','Box.by','f.other']
+
 def test_pages_are_made_without_the_study():
-    "The workflow of the site installs nothing but nbdev."
+    "Seventy-eight pages take seconds, because nothing of the study is imported for them."
     names = {a.name.partition('.')[0] for n in ast.walk(ast.parse((ROOT/'ssl_wikichurches'/'study'/'pages.py').read_text())) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module.partition('.')[0] for n in ast.walk(ast.parse((ROOT/'ssl_wikichurches'/'study'/'pages.py').read_text())) if isinstance(n, ast.ImportFrom)}
     assert names<={*sys.stdlib_module_names}
