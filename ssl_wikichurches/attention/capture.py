@@ -51,7 +51,7 @@ def _masked(logits, mask, rows, heads):
 class AttentionCall:
     "One attention call before it is answered. Nothing is computed until it is asked for."
     kind:str # 'sdpa' or 'mha', after the function that was called
-    n_heads:int
+    n_heads:int # of the layer that calls
     n_keys:int # tokens that can be attended to
     make_weights:Callable # from slices of rows and heads to weights
     make_value:Callable # from nothing to values
@@ -218,7 +218,7 @@ def pooled_queries(
     return slice(backbone.spec.n_prefix, None) if backbone.spec.pooling=='mean' else slice(1)
 
 def mean_row(
-    call:AttentionCall,
+    call:AttentionCall, # before it is answered
     rows:slice, # of the queries
     at_once:int=2**19, # weights in memory, if those of one head are fewer
 )->torch.Tensor: # (batch, heads, 1, keys), float32 or better; sums to 1

@@ -28,7 +28,7 @@ class MapHeader:
     size:int # side of the input, in pixels
     patch:int # side of a patch, in pixels
     n_prefix:int # tokens before the patches
-    format:int=FORMAT
+    format:int=FORMAT # of the file
 
 def map_header(
     spec:BackboneSpec,
@@ -42,7 +42,7 @@ _TENSORS = 'maps','prefix','received','artifacts'
 @dataclass(frozen=True, eq=False)
 class StoredMaps:
     "Raw maps of images, at the resolution of patches."
-    header:MapHeader
+    header:MapHeader # whose they are
     images:tuple # n file names
     maps:torch.Tensor # (n, L, H, g, g) raw weights of the pooled feature; L is 1 for a pooling head
     prefix:torch.Tensor # (n, L, H, n_prefix) what the same rows gave to the tokens before the patches
@@ -76,7 +76,7 @@ def join_maps(
 # %% ../../nbs/02g_maps.ipynb #06a1f199
 def save_maps(
     path:str|os.PathLike, # safetensors file
-    stored:StoredMaps,
+    stored:StoredMaps, # maps, and whose they are
 )->Path:
     "Write maps in one step."
     texts = dict(header=json.dumps(asdict(stored.header)), images=json.dumps(stored.images))
@@ -99,8 +99,8 @@ def load_maps(
 def stored_bytes(
     spec:BackboneSpec,
     n:int=139, # images
-    blocks:int=12, # of a ViT-B, as are the heads
-    heads:int=12,
+    blocks:int=12, # whose maps are stored
+    heads:int=12, # of each block
 )->int: # bytes of the tensors in one file
     "Size of the maps of a run."
     rows = 1 if spec.pooling=='head' else blocks

@@ -121,24 +121,31 @@ class TransformersReader:
     def __init__(self,
         family:Family, # what is special to it
     ): self.family = family
-    def shape(self, model): return model.config.hidden_size,model.config.num_hidden_layers,model.config.num_attention_heads
-    def native(self, model, spec): return one_side(_native_size(model.config), spec.name, 'images')
-    def latents(self, model): return slice(1)
+    def shape(self, model): # width, blocks and heads of an encoder
+        return model.config.hidden_size,model.config.num_hidden_layers,model.config.num_attention_heads
+    def native(self, model, spec): # side of the images that it was made for, in pixels; `spec` gives its name to an error
+        return one_side(_native_size(model.config), spec.name, 'images')
+    def latents(self, model): return slice(1) # queries of a pooling head that its output is made of
     def resize(self, model, architecture, size): return architecture # positions are interpolated in every call
 
-    def inputs(self, x, grid, resized):
-        "Keyword arguments of the model for normalized images `x`."
+    def inputs(self,
+        x, # (n, 3, size, size) normalized images
+        grid, # patches along a side
+        resized, # whether the model was built for another size
+    )->dict: # keyword arguments of the model
+        "How the model is given images."
         more = dict(interpolate_pos_encoding=True) if resized and self.family.interpolates else {}
         if self.family.shuffles: more['noise'] = torch.arange(grid**2., device=x.device).expand(len(x), -1)
         if not self.family.patchified: return dict(pixel_values=x, **more)
         rows = x.unflatten(3, (grid,-1)).unflatten(2, (grid,-1)).permute(0,2,4,3,5,1).flatten(3).flatten(1,2) # colors last
         return dict(pixel_values=rows, pixel_attention_mask=None, spatial_shapes=torch.full((len(x),2), grid, device='cpu'))
 
-    def feature(self, out, spec):
+    def feature(self, out, spec): # (n, dim) of what the model returned, by the prefix tokens and the pooling of `spec`
         if self.family.pooled: return out.pooler_output
         return out.last_hidden_state[:,spec.n_prefix:].mean(1) if spec.pooling=='mean' else out.last_hidden_state[:,0]
-    def patches(self, model, inputs, n_prefix): return model(**inputs).last_hidden_state[:,n_prefix:]
-    def blocks(self, model, inputs, n_prefix):
+    def patches(self, model, inputs, n_prefix): # (n, tokens, dim) after the last norm, of `inputs`, without the `n_prefix` tokens before the patches
+        return model(**inputs).last_hidden_state[:,n_prefix:]
+    def blocks(self, model, inputs, n_prefix): # the same tokens after each block, before the last norm
         return [t[:,n_prefix:] for t in model(**inputs, output_hidden_states=True).hidden_states[1:]]
 
 # %% ../../nbs/01_backbones.ipynb #8d6f41a3
@@ -147,18 +154,25 @@ class TimmReader:
     def __init__(self,
         family:Family, # there is one
     ): self.family = family
-    def shape(self, model): return model.embed_dim,len(model.blocks),getattr(getattr(model.blocks[0], 'attn', model.blocks[0]), 'num_heads', 0)
-    def native(self, model, spec): return spec.size
-    def resize(self, model, architecture, size):
-        "Changes the positions of the model; returns its new architecture."
+    def shape(self, model): # width, blocks and heads of an encoder
+        return model.embed_dim,len(model.blocks),getattr(getattr(model.blocks[0], 'attn', model.blocks[0]), 'num_heads', 0)
+    def native(self, model, spec): return spec.size # side of the images that it was made for, in pixels
+    def resize(self,
+        model, # is changed
+        architecture, # what built it, see `describe_model`
+        size, # new side of the images, in pixels
+    )->dict: # its new architecture
+        "Changes the positions of a model."
         model.set_input_size(img_size=(size,size))
         return dict(architecture, options=dict(architecture['options'], img_size=size))
 
-    def latents(self, model): return slice(1) if getattr(model.attn_pool, 'pool', 'token')=='token' else slice(None)
-    def inputs(self, x, grid, resized): return dict(x=x)
-    def feature(self, out, spec): return out
-    def patches(self, model, inputs, n_prefix): return model.forward_features(**inputs)[:,n_prefix:]
-    def blocks(self, model, inputs, n_prefix):
+    def latents(self, model): # queries of a pooling head that its output is made of
+        return slice(1) if getattr(model.attn_pool, 'pool', 'token')=='token' else slice(None)
+    def inputs(self, x, grid, resized): return dict(x=x) # normalized images (n, 3, size, size), whatever the grid and the size
+    def feature(self, out, spec): return out # (n, dim): what the model returned, whatever the geometry
+    def patches(self, model, inputs, n_prefix): # (n, tokens, dim) after the last norm, of `inputs`, without the `n_prefix` tokens before the patches
+        return model.forward_features(**inputs)[:,n_prefix:]
+    def blocks(self, model, inputs, n_prefix): # the same tokens after each block, before the last norm
         return model.forward_intermediates(**inputs, norm=False, output_fmt='NLC', intermediates_only=True)
 
 READERS = dict(transformers=TransformersReader, timm=TimmReader)
@@ -171,7 +185,7 @@ def transformer_blocks(
     return [m for n,m in model.named_modules() if re.search(r'(^|\.)(layers?|blocks)\.\d+$', n)]
 
 def check_images(
-    images:torch.Tensor,
+    images:torch.Tensor, # to be looked at by the encoder
     spec:BackboneSpec,
 ):
     "Raises unless `images` are floats of shape (batch, 3, size, size)."

@@ -142,12 +142,12 @@ class FeatureHeader:
     source:str # where its weights came from, before fine-tuning
     size:int # side of the input, in pixels
     task:str # edition of the held-out task
-    format:int=FEATURES_FORMAT
+    format:int=FEATURES_FORMAT # of the file
 
 @dataclass(frozen=True, eq=False)
 class RunFeatures:
     "Pooled features of an encoder."
-    header:FeatureHeader
+    header:FeatureHeader # whose they are
     images:tuple # n names of the evaluation photographs
     features:np.ndarray # (n, dim) float32, of them
     task:np.ndarray # (m, dim) float32, of the photographs of the held-out task
@@ -188,7 +188,7 @@ def _file(path): return Path(path)/'features.safetensors' if Path(path).is_dir()
 
 def save_features(
     path:str|os.PathLike, # safetensors file, or the folder of a run, which then holds features.safetensors
-    stored:RunFeatures,
+    stored:RunFeatures, # features, and whose they are
 )->Path: # the file
     "Write features in one step."
     texts = dict(header=json.dumps(asdict(stored.header)), images=json.dumps(stored.images))

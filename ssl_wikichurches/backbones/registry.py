@@ -69,7 +69,7 @@ class Family:
     branch_ends:tuple=('attention.o_proj','mlp.fc2') # last linear maps of the attention and of the MLP within a block
 
     def spec(self,
-        e:Published,
+        e:Published, # one of `encoders`
     )->BackboneSpec: # of the published encoder
         "Geometry and normalization of one of the family's encoders."
         return BackboneSpec(e.name, e.source, self.name, e.size, e.patch, self.class_tokens+e.registers, pooling=self.pooling, **self.statistics)

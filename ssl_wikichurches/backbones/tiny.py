@@ -163,7 +163,7 @@ _WINDOW = 'The encoder sees square windows of a view\'s patches, with the positi
 
 # %% ../../nbs/01a_tiny.ipynb #01a7001b
 def look(
-    photos:Photographs,
+    photos:Photographs, # that `index` counts
     index:torch.Tensor, # (n) int64
     grid:int, # side of a view, in patches
     generator:torch.Generator,
@@ -199,7 +199,7 @@ class SigmoidCaptions(Objective):
     contrast = staticmethod(sigmoid_contrast)
     def __init__(self,
         backbone:Backbone,
-        photos:Photographs,
+        photos:Photographs, # that it learns from
     ):
         super().__init__()
         self.backbone,self.photos,self.text = backbone,photos,self.text_encoder()
@@ -209,8 +209,8 @@ class SigmoidCaptions(Objective):
     def text_encoder(self):
         from transformers import SiglipTextConfig, SiglipTextModel
         return SiglipTextModel(SiglipTextConfig(**_TEXT, projection_size=64))
-    def read(self, ids): return self.text(input_ids=ids).pooler_output # (n, 64)
-    def beside(self, images, patches, generator): return 0. # added to the contrast
+    def read(self, ids): return self.text(input_ids=ids).pooler_output # (n, 64), of word numbers (n, length)
+    def beside(self, images, patches, generator): return 0. # added to the contrast, of images (n, 3, size, size) and the patches (n, m) of their windows
 
     def loss(self,
         index:torch.Tensor, # (n) int64, photographs of the batch
@@ -228,7 +228,7 @@ class SoftmaxCaptions(SigmoidCaptions):
     task,contrast = 'Softmax contrast of windows with their captions',staticmethod(softmax_contrast)
     def __init__(self,
         backbone:Backbone,
-        photos:Photographs,
+        photos:Photographs, # that it learns from
     ):
         super().__init__(backbone, photos)
         self.bias.requires_grad_(False).zero_()
@@ -236,7 +236,8 @@ class SoftmaxCaptions(SigmoidCaptions):
     def text_encoder(self):
         from transformers import CLIPTextConfig, CLIPTextModel
         return CLIPTextModel(CLIPTextConfig(**_TEXT))
-    def read(self, ids): return self.text(input_ids=ids, attention_mask=(ids>0).long()).pooler_output
+    def read(self, ids): # (n, 64), of word numbers (n, length); 0 fills up
+        return self.text(input_ids=ids, attention_mask=(ids>0).long()).pooler_output
 
 # %% ../../nbs/01a_tiny.ipynb #01a70022
 class CaptionsAndPatches(SigmoidCaptions):
@@ -247,13 +248,17 @@ class CaptionsAndPatches(SigmoidCaptions):
                   'of the teacher, on a third of the batch.')
     def __init__(self,
         backbone:Backbone,
-        photos:Photographs,
+        photos:Photographs, # that it learns from
     ):
         super().__init__(backbone, photos)
         self.teacher = Teacher(backbone)
         self.predict = nn.Sequential(nn.Linear(backbone.dim, 192), nn.GELU(), nn.Linear(192, backbone.dim))
 
-    def beside(self, images, patches, generator):
+    def beside(self,
+        images, # (n, 3, size, size)
+        patches, # (n, m) of their windows
+        generator, # of what is hidden
+    ):
         "Mean squared error against the teacher's normalized patch features, where patches were hidden."
         images,patches = (x[:len(x)//3] for x in (images,patches))
         hidden = torch.rand(len(images), self.backbone.spec.grid**2, generator=generator)<.5
@@ -272,7 +277,7 @@ class Reconstruction(Objective):
     deviations = ('The decoder has one block of width 64.',)
     def __init__(self,
         backbone:Backbone,
-        photos:Photographs,
+        photos:Photographs, # that it learns from
     ):
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
         super().__init__()
@@ -346,7 +351,7 @@ def gram_distance(
 
 # %% ../../nbs/01a_tiny.ipynb #01a7002e
 def recolored(
-    photos:Photographs,
+    photos:Photographs, # that `index` counts
     index:torch.Tensor, # (n) int64
     generator:torch.Generator,
 )->torch.Tensor: # (n, 3, side, side): views with mixed channels
@@ -383,22 +388,29 @@ class Distillation(Objective):
     "DINOv2. Windows stand for crops; colors change little; no blur, no grayscale, no solarization."
     batch,steps,deviations = 48,1800,_DISTILLED
     task = 'Self-distillation between windows of two views, prediction of hidden patches, KoLeo term'
-    def __init__(self, backbone:Backbone, photos:Photographs):
+    def __init__(self,
+        backbone:Backbone,
+        photos:Photographs, # that it learns from
+    ):
         super().__init__()
         self.backbone,self.photos,self.done = backbone,photos,0.
         self.head,self.patch_head = PrototypeHead(backbone.dim),PrototypeHead(backbone.dim)
         self.teacher = Teacher(backbone, self.head, self.patch_head)
 
     @torch.no_grad()
-    def targets(self, images, large, at):
-        "The teacher's assignments, of each other view (2, n, prototypes) and of the patches `at` of the large windows."
+    def targets(self,
+        images, # (2n, 3, size, size), two views of each photograph
+        large, # (2n, m) patches of their large windows
+        at, # (2n, m) bool: which of them are hidden
+    ):
+        "The teacher's assignments, of each other view (2, n, prototypes) and of the hidden patches."
         encoder,head,patch_head = self.teacher.modules
         temperature = .04+.03*min(1., self.done/.3)
         pooled,patches = encode(encoder, images, large)
         other = balanced_assignment(head(pooled), temperature).view(2, len(images)//2, -1).flip(0)
         return other,balanced_assignment(patch_head(patches[at]), temperature)
 
-    def beside(self, images, large, patches): return 0. # added to the loss
+    def beside(self, images, large, patches): return 0. # added to the loss, of images and the features `patches` of their large windows
 
     def loss(self, index:torch.Tensor, generator:torch.Generator)->torch.Tensor: # scalar
         n,grid,n_small = len(index),self.backbone.spec.grid,3
@@ -422,11 +434,14 @@ class AnchoredDistillation(Distillation):
     "DINOv3: the patches are anchored in the last 40 % of the steps."
     task = Distillation.task+', and a Gram anchor in the last 40 % of the steps'
     deviations = (*_DISTILLED, 'The Gram anchor is the teacher at 60 % of the steps, at the same resolution, and is not renewed.')
-    def __init__(self, backbone:Backbone, photos:Photographs):
+    def __init__(self,
+        backbone:Backbone,
+        photos:Photographs, # that it learns from
+    ):
         super().__init__(backbone, photos)
         self.anchor = None # a frozen encoder, from then on
 
-    def beside(self, images, large, patches):
+    def beside(self, images, large, patches): # distance of the features `patches` of the large windows of `images` from the anchor's
         if self.anchor is None: return 0.
         with torch.no_grad(): _,anchored = encode(self.anchor, images, large)
         return 2*gram_distance(patches, anchored)
@@ -442,7 +457,7 @@ class PartLabels(Objective):
     deviations = (_WINDOW, 'Labels are the parts in the window, many per image, instead of one class.')
     def __init__(self,
         backbone:Backbone,
-        photos:Photographs,
+        photos:Photographs, # that it learns from
     ):
         super().__init__()
         self.backbone,self.photos,self.head = backbone,photos,nn.Linear(backbone.dim, len(PARTS))

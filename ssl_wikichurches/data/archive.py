@@ -164,7 +164,9 @@ def web_session(
 # %% ../../nbs/00f_archive.ipynb #c763784a
 class Traffic:
     "Counts what a session receives, one answer after the other."
-    def __init__(self, session:requests.Session):
+    def __init__(self,
+        session:requests.Session, # whose answers are counted
+    ):
         self._before,self._last = 0,None
         session.hooks['response'].append(self._next)
     def _next(self, response, **kwargs): self._before,self._last = self.total,response.raw
@@ -257,7 +259,7 @@ def _receive(answer, sink, room, bar):
 # %% ../../nbs/00f_archive.ipynb #13d40e0b
 def transfer(
     session:requests.Session,
-    file:RemoteFile,
+    file:RemoteFile, # of the record
     sink, # binary file, positioned at the end of what it already holds of the span
     first:int=0, # first byte of the span
     stop:int=None, # byte after the last one; None: the size of the file
@@ -298,7 +300,7 @@ _ATTEMPTS = 3 # transfers of a file that turns out not to be the record's
 
 def pull(
     session:requests.Session,
-    file:RemoteFile,
+    file:RemoteFile, # of the record
     path:str|os.PathLike, # where the file shall be, in an existing folder; meanwhile `<path>.part` is
     patience:int=5, # see `transfer`
     progress:bool=False, # show a bar

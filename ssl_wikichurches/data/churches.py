@@ -253,7 +253,7 @@ def speaking_of(
         raise ValueError(reworded(str(e), called)) from e
 
 def reworded(
-    text:str,
+    text:str, # in which groups are called churches
     called:tuple, # of `Churches.called`
 )->str:
     "A text about churches as one about what the groups are called."
@@ -292,7 +292,7 @@ class Churches:
         images = self.images.drop(index=[n for n in names if n in self.images.index])
         boxes = self.boxes[self.boxes.image.isin(images.index)].reset_index(drop=True)
         return replace(self, images=images, boxes=boxes, withheld=frozenset(self.held_out-{*images.church[images.annotated]}))
-    def path(self, name:str)->Path: return self.root/'images'/name
+    def path(self, name:str)->Path: return self.root/'images'/name # of a photograph
     def prepared_path(self, name:str, side:int)->Path: # the smallest copy that is up to date and serves for `side`, or the photograph itself
         copies = ((entries.get(name), self.root/folder/name) for folder,entries in self.prepared.items())
         return next((copy for e,copy in copies if _copy_serves(e, copy, self.path(name), side)), self.path(name))
@@ -460,7 +460,7 @@ class ToSquare:
     "Maps (Image, BoundingBoxes, ...) of torchvision to the same, at (size, size)."
     size:int # side of the output, in pixels
     geometry:str='squash' # one of `GEOMETRIES`
-    augment:bool=False
+    augment:bool=False # crop at random, mirror, and change brightness and contrast, as in training
 
     def __post_init__(self):
         if self.geometry not in GEOMETRIES: raise ValueError(f"geometry is {self.geometry!r}: expected one of {GEOMETRIES}")
@@ -469,7 +469,9 @@ class ToSquare:
         return _before_crop(self.size) if self.augment or self.geometry=='crop' else self.size
     @property
     def transforms(self)->list: return _square_steps(self.size, self.geometry, self.augment).transforms
-    def __call__(self, *inputs): return _square_steps(self.size, self.geometry, self.augment)(*inputs)
+    def __call__(self,
+        *inputs, # of torchvision: an image, boxes, ...
+    ): return _square_steps(self.size, self.geometry, self.augment)(*inputs)
 
 # %% ../../nbs/00_data.ipynb #2bb0e826
 def eval_transform(

@@ -35,7 +35,7 @@ def write_file(
 
 # %% ../../nbs/00A_files.ipynb #01ef6114
 def write_json(
-    path:str|os.PathLike,
+    path:str|os.PathLike, # the file; written beside it first, then moved there
     values, # anything that JSON can hold
 )->Path:
     "Write JSON in one step."
@@ -43,7 +43,7 @@ def write_json(
 
 # %% ../../nbs/00A_files.ipynb #49be2460
 def is_full(
-    error:Exception,
+    error:Exception, # raised while writing
 )->bool: # whether a full disk, or a quota, is the reason; also where another process said so
     "Whether there was no room to write."
     return getattr(error, 'errno', None) in (ENOSPC,EDQUOT) or any(t in str(error) for t in map(os.strerror, (ENOSPC,EDQUOT)))
@@ -74,7 +74,7 @@ def once(
     return out
 
 def read_json(
-    path:str|os.PathLike,
+    path:str|os.PathLike, # the file
 )->object: # what it holds
     "JSON that others wrote. ValueError, with the file's name, if it is none or has a key twice in one object."
     text,name = read_text(path),Path(path).name
@@ -173,7 +173,7 @@ def one_writer(
 
 # %% ../../nbs/00A_files.ipynb #f10f27ca
 def writer_of(
-    folder:str|os.PathLike,
+    folder:str|os.PathLike, # of a study or of a run
 )->dict: # host, pid, since (seconds of the clock); empty where nobody has it
     "Who has a folder for itself at the moment."
     if not (file := Path(folder)/LOCK).is_file(): return {}
@@ -192,7 +192,7 @@ def _mount(folder, mounts):
     return found[1:]
 
 def local_locks(
-    folder:str|os.PathLike,
+    folder:str|os.PathLike, # in which locks are taken; it need not exist
     mounts:str=None, # as in /proc/self/mounts, which is read where it is not given
 )->str: # why locks in this folder do not reach other machines; '' where they do, or where the disk is this machine's
     "What stands in the way of locks between machines."

@@ -21,7 +21,7 @@ from .outlines import mask_rle, outline_box, outline_text
 @dataclass(frozen=True)
 class Part:
     "One annotated part; its place in fractions of the photograph."
-    kind:str
+    kind:str # name of what is annotated
     box:tuple # left, top, width, height
     outline:str='' # of `outline_text`
     parent:str='' # a kind that it belongs to
@@ -29,7 +29,7 @@ class Part:
 @dataclass(frozen=True)
 class Photograph:
     "One photograph of somebody's data set."
-    path:Path
+    path:Path # the image file
     name:str # below the folder of the photographs, with '/'
     parts:tuple=() # of `Part`
     label:str='' # its class; '': not known
@@ -328,7 +328,7 @@ def write_dataset(
 FORMATS = 'coco','voc','yolo','cub','table'
 
 def dataset_format(
-    path:str|os.PathLike,
+    path:str|os.PathLike, # a file, or a folder
 )->str: # one of `FORMATS`; '' for anything else
     "In which format a file or folder holds annotated photographs."
     path = Path(path)

@@ -22,10 +22,10 @@ def rect(
     return np.array([(x,y),(x+w,y),(x+w,y+h),(x,y+h)])
 
 def oval(
-    x:float, # left, bottom, width and height of the rectangle that it touches
-    y:float,
-    w:float,
-    h:float,
+    x:float, # left of the rectangle that it touches, in the units of the wall
+    y:float, # bottom
+    w:float, # width
+    h:float, # height
     n:int=20, # corners
 )->np.ndarray: # (n, 2)
     "Outline of an ellipse."
@@ -35,10 +35,10 @@ def oval(
 # %% ../../nbs/00c_parts.ipynb #75e0939d
 _RISE = dict(round=.5, pointed=.95, square=0) # height of the arch above its springing, in widths
 def arch(
-    x:float, # left, bottom, width and height of the whole opening
-    y:float,
-    w:float,
-    h:float,
+    x:float, # left of the whole opening, in the units of the wall
+    y:float, # bottom
+    w:float, # width
+    h:float, # height
     kind:str='round', # 'round', 'pointed' or 'square'
 )->np.ndarray: # (20, 2)
     "Outline of an opening: upright sides, then an arch."
@@ -77,22 +77,40 @@ class Pen:
         self.image,self.owner = Image.new('RGB', (size,size), _rgb(palette['wall'])),Image.new('I', (size,size))
         self._ink,self._own = ImageDraw.Draw(self.image),ImageDraw.Draw(self.owner)
         self.move()
-    def move(self, to_pixels=None, shade=1., sun=-.5):
-        "Go to another wall: its matrix to pixels, how bright it is lit, where along x the light comes from (-1 to 1)."
+    def move(self,
+        to_pixels=None, # (3, 3) from the units of the wall to pixels; None: the wall is the picture
+        shade=1., # how bright it is lit; 1: as the palette says
+        sun=-.5, # where along x the light comes from, -1 to 1
+    ):
+        "Go to another wall."
         self.to_pixels,self.shade,self.sun = _frontal(self.size) if to_pixels is None else to_pixels,shade,sun
-    def pixels(self, points):
-        "Corners (n, 2) on the wall in pixels of the picture."
+    def pixels(self,
+        points, # (n, 2) corners on the wall
+    )->np.ndarray: # (n, 2)
+        "Corners in pixels of the picture."
         xyw = np.asarray(points)@self.to_pixels[:,:2].T+self.to_pixels[:,2]
         return np.round(xyw[:,:2]/xyw[:,2:], 3)
-    def poly(self, points, color='wall', gain=1.):
+    def poly(self,
+        points, # (n, 2) corners on the wall
+        color='wall', # a material of the palette
+        gain=1., # brightness, times that of the wall
+    ):
         "Fill a polygon; it belongs to the element that is being drawn."
         xy = self.pixels(points)
         flat = xy.ravel().tolist()
         self._ink.polygon(flat, fill=_rgb(np.multiply(self.palette[color], gain*self.shade)))
         self._own.polygon(flat, fill=self._drawing)
         self._corners.append(xy)
-    def draw(self, name, x, y, w, h, slot='', inside=0):
-        "Draw what is called `name` into a rectangle of the wall; its number, 0 if there was nothing to draw."
+    def draw(self,
+        name, # in `DRAWN`
+        x, # left of a rectangle of the wall
+        y, # bottom
+        w, # width
+        h, # height
+        slot='', # place in the building
+        inside=0, # number of the element that it lies in, 0 for none
+    )->int: # its own number, 0 if there was nothing to draw
+        "Draw something into a rectangle of the wall."
         self._drawing,self._corners = len(self.elements)+1,[]
         DRAWN[name](self, x, y, w, h)
         self._drawing = 0
@@ -161,11 +179,11 @@ def _tracery(p, x, y, w, h):
 
 # %% ../../nbs/00c_parts.ipynb #fecef055
 def turned(
-    p:Pen,
-    x:float, # left, bottom, width and height of the rectangle that it fills
-    y:float,
-    w:float,
-    h:float,
+    p:Pen, # the pen
+    x:float, # left of the rectangle that it fills, in the units of the wall
+    y:float, # bottom
+    w:float, # width
+    h:float, # height
     color:str, # a material of the pen's palette
     profile:list, # rows of (radius, height), both 0 to 1
     slices:int=6, # upright slices of the side that is seen

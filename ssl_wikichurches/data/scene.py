@@ -203,7 +203,7 @@ def raise_banner(
 
 # %% ../../nbs/00d_scene.ipynb #0885e1cf
 def develop(
-    image:Image.Image,
+    image:Image.Image, # as it was drawn
     rng:np.random.Generator,
 )->Image.Image:
     "Exposure, contrast, tint and noise of a photograph."

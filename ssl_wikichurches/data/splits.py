@@ -217,7 +217,7 @@ def label_counts(
 HASH_SIDE = 16 # bits per side of a hash: 256 in all
 
 def perceptual_hash(
-    image:Image.Image,
+    image:Image.Image, # of any size and mode
 )->np.ndarray: # (256) bool
     "Signs of the low frequencies of a picture."
     import imagehash

@@ -249,10 +249,10 @@ class Instance(NamedTuple):
     slot:str # place in the building; 'cue' for the banner or the painted portal
     evidence:float # for the style of the church, in nats
     clear:bool # could an expert box it?
-    left:float
-    top:float
-    width:float
-    height:float
+    left:float # of its extent, as a share of the side of the photograph, as are the next three
+    top:float # from above
+    width:float # above 0
+    height:float # above 0
     mask:np.ndarray # (size, size) bool
 
 # %% ../../nbs/00e_synthetic.ipynb #779eed87

@@ -79,7 +79,7 @@ def _relit(images, light, generator):
     return images.clamp(0,1)
 
 def views(
-    photos:Photographs,
+    photos:Photographs, # that `index` counts
     index:torch.Tensor, # (n) int64, which photographs
     generator:torch.Generator,
     area:tuple=(.5,1.), # smallest and largest share of the photograph
@@ -105,7 +105,7 @@ def windows(
 
 # %% ../../nbs/00h_views.ipynb #48edd96f
 def parts_in_view(
-    photos:Photographs,
+    photos:Photographs, # that `index` counts
     index:torch.Tensor, # (n) int64
     boxes:torch.Tensor, # (n, most, 4), of `views`
     window:torch.Tensor, # (n, 4), of `windows`

@@ -16,7 +16,7 @@ from ..data.files import read_tensors, write_tensors
 
 # %% ../../nbs/03A_checkpoint.ipynb #6e612618
 def trained_tensors(
-    model:nn.Module,
+    model:nn.Module, # of which some parameters are trained
 )->dict: # name -> tensor on the CPU, of every parameter that is trained
     "A copy of what training changes."
     return {k:p.detach().cpu().clone() for k,p in model.named_parameters() if p.requires_grad}
@@ -24,7 +24,7 @@ def trained_tensors(
 # %% ../../nbs/03A_checkpoint.ipynb #bf00ad41
 @torch.no_grad()
 def put_tensors(
-    model:nn.Module,
+    model:nn.Module, # is changed
     tensors:dict, # of `trained_tensors`
 ):
     "Put trained tensors back."
@@ -60,8 +60,8 @@ class Checkpoint:
 # %% ../../nbs/03A_checkpoint.ipynb #99166a5a
 @patch
 def save(self:Checkpoint,
-    model:nn.Module,
-    optimizer:torch.optim.Optimizer,
+    model:nn.Module, # in training
+    optimizer:torch.optim.Optimizer, # of its trained parameters
     order:torch.Generator, # of the loader
     notes:dict, # as JSON
     more:dict, # name -> tensor

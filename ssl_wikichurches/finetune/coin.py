@@ -42,7 +42,7 @@ class CoinRecipe(ContrastiveRecipe):
 # %% ../../nbs/04b_coin.ipynb #e5ac8503
 class CoinLoss(ContrastiveLoss):
     "The contrastive loss alone in stage 1, then that of the classes plus eta times the contrastive one."
-    def loss(self, forward, images, labels, step):
+    def loss(self, forward, images, labels, step): # as of `ContrastiveLoss`
         r,m,joint = self.recipe,self.model,step>=self.recipe.stage_one*self.steps
         z = forward(images, features=True).float()
         parts = dict(stage=1+joint)

@@ -89,8 +89,8 @@ def mixing_draws(
 def mixed_set(
     z:torch.Tensor, # (n, d) features
     t:torch.Tensor, # (n,) classes
-    draws:MixingDraws,
-    n_classes:int=len(STYLES),
+    draws:MixingDraws, # the shares and partners of the batch
+    n_classes:int=len(STYLES), # columns of the label vectors
     faithful:bool=False, # pairs as the published code chooses them, and the features themselves detached
 )->tuple: # features (m, d), n<=m<=3n, and label vectors (m, n_classes), rows sum to 1
     "A batch with its hard pairs mixed in (Zhang et al., 2021)."
@@ -179,13 +179,20 @@ class Projector(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
             self.layers = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
-    def forward(self, z): return F.normalize(self.layers(z), dim=-1)
+    def forward(self, z): return F.normalize(self.layers(z), dim=-1) # features (n, width) to (n, dim)
 
 class ContrastiveModel(StyleModel):
     "A backbone with a classifier and a projector; makes logits, or features if asked."
-    def __init__(self, backbone:Backbone, classifier:nn.Linear, projector:Projector):
+    def __init__(self,
+        backbone:Backbone,
+        classifier:nn.Linear, # from features to classes
+        projector:Projector, # of the features, for the contrastive loss
+    ):
         super().__init__(backbone, classifier); self.projector = projector
-    def forward(self, images, features:bool=False):
+    def forward(self,
+        images, # (n, 3, size, size) in [0, 1]
+        features:bool=False, # return these in place of logits
+    ):
         z = self.backbone(images)
         return z if features else self.classifier(z)
 
@@ -202,20 +209,20 @@ class ContrastiveLoss(Objective):
     "A loss of the features of a whole batch, in place of the loss of the classes."
     replaces = True
     def __init__(self,
-        model:ContrastiveModel,
+        model:ContrastiveModel, # in training
         recipe:ContrastiveRecipe,
         weight:torch.Tensor, # (classes,)
         seed:int=0, # of what is drawn
         steps:int=1, # of an epoch
     ): self.model,self.recipe,self.weight,self.seed,self.steps = model,recipe,weight,seed,steps
     def contrast(self, z, positive, focal=False)->torch.Tensor: # scalar
-        "The contrastive loss of projected features, as strong as the recipe has it."
+        "The contrastive loss of features `z` of which `positive` says who belongs together (`focal`: hard pairs count more), as strong as the recipe has it."
         r = self.recipe
         loss = supcon_loss(self.model.projector(z), positive, r.tau, focal, over_all=r.faithful)
         return loss if r.faithful else r.scale*loss
-    def loss(self, forward, images, labels, step)->tuple: # scalar with a gradient; its parts, by name in the history
+    def loss(self, forward, images, labels, step)->tuple: # of what `Objective` is given: scalar with a gradient; its parts, by name in the history
         raise NotImplementedError
-    def __call__(self, forward, images, labels, step):
+    def __call__(self, forward, images, labels, step): # as of `Objective`
         loss,parts = self.loss(forward, images, labels, step)
         loss.backward()
         return dict(train_loss=loss.item(), **parts)
@@ -229,7 +236,7 @@ class CoreTuningLoss(ContrastiveLoss):
         draws = None if r.mix=='none' else mixing_draws(t, np.random.default_rng((self.seed, step)), r.mix_alpha, r.faithful)
         mixed = mixed_set(z, t, draws, len(self.weight), r.faithful) if draws else plain
         return plain,*(mixed if r.mix in ('both',k) else plain for k in ('classes','contrast'))
-    def loss(self, forward, images, labels, step):
+    def loss(self, forward, images, labels, step): # as of `ContrastiveLoss`
         r,m = self.recipe,self.model
         z = forward(images, features=True).float()
         plain,smooth,pairs = self._mixed(z, labels, step)

@@ -60,7 +60,7 @@ class Team:
         return self.accelerator.no_sync(model) if self.n>1 else nullcontext()
 
     def share(self,
-        loader:DataLoader,
+        loader:DataLoader, # of the whole
         every:bool=True, # whether every process needs a part of every batch, as in training
     )->DataLoader: # of this process's part of every batch
         if self.n==1: return loader

@@ -42,7 +42,7 @@ def depth_of(
     return 0 if early and '.head.' not in f'.{name}' else depth+1
 
 def parameter_groups(
-    model:StyleModel,
+    model:StyleModel, # of which all that requires a gradient is trained
     recipe:FullRecipe,
 )->list: # AdamW groups, with the name of what they hold
     "Learning rates by depth; vectors without weight decay, unless the recipe decays them."
@@ -77,7 +77,7 @@ def stochastic_depth(
 
 # %% ../../nbs/03_finetune_full.ipynb #945a2c5e
 def full_state(
-    model:StyleModel,
+    model:StyleModel, # trained
 )->dict: # tensors named backbone.<weight> and classifier.<weight>
     "Every weight of a model, named for a run's file."
     weights = {f'backbone.{k}':v.detach().cpu().clone() for k,v in model.backbone.state_dict().items()}
@@ -85,7 +85,7 @@ def full_state(
 
 def fit_every_weight(
     model:StyleModel, # is changed
-    loaders:Loaders,
+    loaders:Loaders, # what the training is fed
     recipe:FullRecipe,
     seed:int=0,
     device:str='cpu',

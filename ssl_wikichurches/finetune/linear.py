@@ -61,10 +61,13 @@ def training_features(
 # %% ../../nbs/03_finetune_linear.ipynb #6d88a569
 class OnFrozen(nn.Module):
     "A classifier on the pooled feature of a backbone that is not its own: it has no parameters but those of the classifier."
-    def __init__(self, backbone:Backbone, classifier:nn.Linear):
+    def __init__(self,
+        backbone:Backbone, # is not trained
+        classifier:nn.Linear, # from features to classes
+    ):
         super().__init__()
         self.classifier,self.frozen = classifier,[backbone] # a list is no module
-    def forward(self, images):
+    def forward(self, images): # (n, classes) logits of images (n, 3, size, size) in [0, 1]
         with torch.no_grad(): z = self.frozen[0](images)
         return self.classifier(z)
 
@@ -73,7 +76,7 @@ STRENGTHS = tuple(10.**k for k in range(-4, 3)) # grid of C, the inverse of the 
 
 def logistic_probe(
     train:TensorDataset, # of (feature (dim,), label)
-    val:TensorDataset,
+    val:TensorDataset, # the same, of validation: it chooses C
     weight:torch.Tensor, # (classes,) weights of the loss
     strengths:tuple=STRENGTHS, # values of C; the first of equally good ones is taken
 )->tuple: # classifier; table by C: val_loss, val_balanced_accuracy

@@ -43,11 +43,14 @@ def _linear(weight, bias):
 
 class SplitQKV(nn.Module):
     "A fused qkv layer as three linear layers, so that q and v can be adapted without k."
-    def __init__(self, fused:nn.Linear):
+    def __init__(self,
+        fused:nn.Linear, # from dim to 3 dim: q, k and v
+    ):
         super().__init__()
         biases = [None]*3 if fused.bias is None else fused.bias.chunk(3)
         self.q,self.k,self.v = (_linear(w, b) for w,b in zip(fused.weight.chunk(3), biases))
-    def forward(self, x): return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+    def forward(self, x): # (..., dim) to (..., 3 dim)
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
     def fuse(self)->nn.Linear: # one layer with the weights of the three
         layers = self.q,self.k,self.v
         return _linear(torch.cat([l.weight for l in layers]), None if self.q.bias is None else torch.cat([l.bias for l in layers]))

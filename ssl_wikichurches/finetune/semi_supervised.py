@@ -141,7 +141,7 @@ def pseudo_labels(
 # %% ../../nbs/04d_semi_supervised.ipynb #c4bd42d4
 @contextmanager
 def teaching(
-    model:nn.Module,
+    model:nn.Module, # of any mode
 ):
     "Within the context a model is in evaluation mode and makes no gradients; then each module is in its own mode again."
     modes = {m:m.training for m in model.modules()}
@@ -331,7 +331,8 @@ class RoundTeacher:
     def __init__(self,
         table:pd.DataFrame, # of `label_pool`
     ): self.table = table.set_index('image', drop=False)
-    def __call__(self, step, images, names): return self.table.loc[list(names)]
+    def __call__(self, step, images, names): # the rows of `names`, at any step and of any view
+        return self.table.loc[list(names)]
 
 # %% ../../nbs/04d_semi_supervised.ipynb #e9e2cc1e
 @dataclass(frozen=True)

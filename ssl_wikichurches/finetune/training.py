@@ -131,9 +131,13 @@ def classification_scores(
 # %% ../../nbs/03C_training.ipynb #feaea7cd
 class StyleModel(nn.Module):
     "A backbone with a linear classifier on its pooled feature."
-    def __init__(self, backbone:nn.Module, classifier:nn.Linear):
+    def __init__(self,
+        backbone:nn.Module, # makes a feature (n, dim) of images
+        classifier:nn.Linear, # from dim to classes
+    ):
         super().__init__(); self.backbone,self.classifier = backbone,classifier
-    def forward(self, images): return self.classifier(self.backbone(images))
+    def forward(self, images): # (n, 3, size, size) in [0, 1] to (n, classes) logits
+        return self.classifier(self.backbone(images))
 
 def new_classifier(
     dim:int, # width of the pooled feature
@@ -151,7 +155,7 @@ class SeededOrder(Sampler):
     def __init__(self,
         n:int, # number of positions
         generator:torch.Generator, # of order and seeds
-        shuffle:bool=True,
+        shuffle:bool=True, # in an order that is drawn; False: as they come
     ): self.n,self.generator,self.shuffle = n,generator,shuffle
     def __len__(self): return self.n
     def __iter__(self):
@@ -197,7 +201,7 @@ class BalancedBatches(Sampler):
         classes:np.ndarray, # (n,) class of each position
         batch:int, # largest size of a batch
         generator:torch.Generator, # of order and seeds
-        per_class:int=2,
+        per_class:int=2, # fewest positions of each class in a batch
         n_classes:int=0, # 0: up to the highest that occurs
     ):
         self.n,self.steps,self.generator = len(classes),-(-len(classes)//batch),generator
@@ -221,10 +225,10 @@ def image_loader(
     names:list, # image file names, all with a class
     labels:pd.Series, # class by image name (`class_labels`)
     size:int, # side of the input, in pixels
-    geometry:str='squash',
+    geometry:str='squash', # one of `GEOMETRIES`
     augment:bool=False, # `train_transform` in place of `eval_transform`
-    shuffle:bool=False,
-    batch:int=32,
+    shuffle:bool=False, # in an order that is drawn anew in every epoch
+    batch:int=32, # photographs in a batch
     seed:int=0, # of order and augmentation
     workers:int=0, # processes that decode; 0: this one
     prepared:bool=False, # read prepared copies where there are any; not for a measurement
@@ -292,10 +296,10 @@ class ClassLoss(Objective):
     def __init__(self,
         model:nn.Module, # as a team wraps it
         weight:torch.Tensor, # (classes,)
-        team:Team,
+        team:Team, # the processes that share the training
         parts:int=1, # that a batch is computed in
     ): self.model,self.weight,self.team,self.parts = model,weight,team,parts
-    def __call__(self, forward, images, labels, step):
+    def __call__(self, forward, images, labels, step): # as of `Objective`
         total,loss = self.team.total(self.weight[labels].sum()),0.
         parts = list(zip(images.chunk(self.parts), labels.chunk(self.parts)))
         for i,(x,t) in enumerate(parts):
@@ -444,7 +448,7 @@ def _trained(model, progress, recipe, look):
 def train(
     model:nn.Module, # makes logits from the loaders' inputs
     groups:list, # AdamW parameter groups: dicts with params and lr
-    loaders:Loaders,
+    loaders:Loaders, # what it is fed
     recipe:Recipe,
     seed:int=0, # of dropout
     device:str='cpu',
@@ -511,7 +515,7 @@ class Fitted:
 # %% ../../nbs/03C_training.ipynb #879ad902
 def both_states(
     model:nn.Module, # after `train`; it ends as it was
-    trained:Trained,
+    trained:Trained, # what `train` left
     recipe:Recipe,
     state, # function without arguments: the tensors to be stored, of what the model holds
 )->tuple: # tensors of the chosen epoch, and of the other one ({} where they are one)
@@ -526,7 +530,7 @@ def both_states(
 
 def as_fitted(
     model:nn.Module, # after `train`: a `StyleModel`
-    trained:Trained,
+    trained:Trained, # what `train` left
     recipe:Recipe,
     names:tuple, # of its classes
     state, # function without arguments: the tensors to be stored, of what the model holds
@@ -538,7 +542,7 @@ def as_fitted(
 
 # %% ../../nbs/03C_training.ipynb #3f6e8010
 def classifier_state(
-    classifier:nn.Linear,
+    classifier:nn.Linear, # from features to classes
 )->dict: # tensors named classifier.weight, classifier.bias
     "Tensors of a classifier, named for a run's file."
     return {f'classifier.{k}':v.detach().cpu().clone() for k,v in classifier.state_dict().items()}
@@ -596,7 +600,7 @@ class TrainData:
 @patch
 def loader(self:TrainData,
     part:str, # 'train', 'val', 'eval' or 'test'; the first two read prepared copies where there are any
-    batch:int=32,
+    batch:int=32, # photographs in a batch
     **kwargs, # of `image_loader`: augment, shuffle, seed, per_class
 )->DataLoader:
     "Photographs of a part, with their classes."

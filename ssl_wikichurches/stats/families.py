@@ -76,7 +76,7 @@ def benjamini_hochberg(
 # %% ../../nbs/05c_families.ipynb #004df725
 def split_half_heads(
     values:pd.DataFrame, # (churches, heads) IoU or shift; columns may have levels, such as block and head
-    repeats:int=100,
+    repeats:int=100, # divisions of the churches
     seed:int=0,
 )->pd.DataFrame: # a row per division: repeat, head, n_chosen, n, unit, chosen (mean of the half that chose), estimate, low, high (of the other, 95 %)
     "Choose the head with the largest mean on one half of the churches, report it on the other."

@@ -90,13 +90,13 @@ def dose_response(
 
 # %% ../../nbs/05f_planted.ipynb #a986a601
 def mass_of_shift(
-    maps:torch.Tensor, # as for `dose_response`
-    boxes:list,
-    names:list,
-    size:int,
+    maps:torch.Tensor, # (n, L, H, g, g) or (n, g, g), as for `dose_response`
+    boxes:list, # n tensors (b, 4), in pixels of the frame
+    names:list, # n image file names
+    size:int, # side of the square frame, in pixels
     shifts:np.ndarray, # (m,) gains: more is better
     metric:str=PRIMARY, # full name
-    groups:list=None,
+    groups:list=None, # n churches; None: every image is one by itself
 )->np.ndarray: # (m,) shares of the attention; nan where a third would not do, 0 for what is no gain
     "The share that, moved from everywhere into the boxes, gives these mean gains."
     t = dose_response(maps, boxes, names, size, groups, SHARES, {'everywhere':None}, [metric])
@@ -161,11 +161,11 @@ def _smallest(scores, seeds, n, alpha, power, studies, seed):
 
 # %% ../../nbs/05f_planted.ipynb #98c0929a
 def detectable_mass(
-    maps:torch.Tensor, # as for `planted_scores`
-    boxes:list,
-    names:list,
-    size:int,
-    groups:list=None,
+    maps:torch.Tensor, # (n, L, H, g, g) or (n, g, g), as for `planted_scores`
+    boxes:list, # n tensors (b, 4), in pixels of the frame
+    names:list, # n image file names
+    size:int, # side of the square frame, in pixels
+    groups:list=None, # n churches; None: every image is one by itself
     metrics:tuple=(PRIMARY,'shuffled_auroc'), # full names
     seeds:tuple=(1,), # numbers of seeds
     n:int=None, # churches of the study; None: as many as there are
@@ -193,7 +193,7 @@ def planted_power(
     seeds:int=1, # fewer than draws
     n:int=None, # churches of a study; None: as many as there are
     alpha:float=.05,
-    studies:int=500,
+    studies:int=500, # that are made up
     seed:int=0,
 )->float: # share of the studies whose shift is significant and for the better
     "How often studies find what was planted."

@@ -90,7 +90,7 @@ def paired_tests(
 # %% ../../nbs/05b_tests.ipynb #72115717
 def resampled_t(
     x:np.ndarray, # (n, k) shifts that vary, a row per church, a column per comparison
-    draws:int=9_999,
+    draws:int=9_999, # resamples of the churches
     seed:int=0,
 )->np.ndarray: # (draws, k), infinite where a resample does not vary
     "The t statistic of resampled churches about the observed mean of each column."
@@ -103,7 +103,7 @@ def resampled_t(
 def bootstrap_t_interval(
     d:np.ndarray, # (n,) shifts, one per church
     level:float=.95, # in (0, 1)
-    draws:int=9_999,
+    draws:int=9_999, # resamples of the churches
     seed:int=0,
     symmetric:bool=True, # one quantile of |t*| for both ends; False: one of t* for each
 )->pd.DataFrame: # one row: n, unit, estimate, se, low, high, level, resamples, note
@@ -121,7 +121,7 @@ def bootstrap_t_interval(
 
 # %% ../../nbs/05b_tests.ipynb #95651cf6
 def noncentral_t_cdf(
-    t:float,
+    t:float, # where it is asked
     df:float, # degrees of freedom
     nc:float, # noncentrality: the effect of the population times the root of n
 )->float: # in [0, 1]

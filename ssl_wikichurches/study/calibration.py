@@ -28,7 +28,7 @@ TRUTHS = {'boxed':('towards',), 'shortcut':('away',), 'none':('nothing',), 'part
 
 def word(
     low:float, # of an interval of the shift; nan where nothing moved
-    high:float,
+    high:float, # its other end
     better:int=1, # -1 where less is better
 )->str: # 'towards', 'away' or 'nothing'
     "What an interval says."

@@ -23,7 +23,10 @@ class Placed:
     def __init__(self,
         threads:int, # of torch; 0: as they are
     ): self.threads = threads
-    def __call__(self, function, *args):
+    def __call__(self,
+        function, # that is called
+        *args, # with these
+    ):
         if self.threads: torch.set_num_threads(self.threads)
         return function(*args)
     def checkpoint(self, *args): # asked for by submitit when a job is stopped: the same once more
@@ -116,7 +119,7 @@ class SubmititExecutor(Executor):
     ): self.engine,self.placed,self.poll,self.most,self.slots,self.held = engine,Placed(threads),poll,most,threading.Semaphore(most or sys.maxsize),None
 
     def _watch(self, jobs): threading.Thread(target=_deliver, args=(jobs, self.poll, self.slots), daemon=True).start()
-    def submit(self, function, *args):
+    def submit(self, function, *args): # as of `concurrent.futures.Executor`
         job = _Job(Future(), partial(self.engine.submit, self.placed, function, *args))
         if not self.most: job.step(self.slots)
         if self.held is None: self._watch([job])

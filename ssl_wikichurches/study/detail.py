@@ -393,7 +393,7 @@ class Example(NamedTuple):
     image:str # file name
     maps:torch.Tensor # (2, g, g) before and after, last block, mean over heads
     before:float # score of the map before
-    after:float
+    after:float # score of the map after
 
 def examples(
     opened:OpenStudy,

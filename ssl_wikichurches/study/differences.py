@@ -15,10 +15,10 @@ from .plan import Study, tier_recipe
 @dataclass(frozen=True)
 class Difference:
     "One thing that the plan says and a study does otherwise unless it is told."
-    about:str
+    about:str # a word or two
     plan:str # what the plan says
     here:str # what is done
-    why:str
+    why:str # in a sentence without a capital
     fields:tuple=() # of a study ('geometry', 'models.dinov2') or of a recipe ('full.clip'), which say it
     default:object=None # their value in a study that says nothing of it
     planned:object=None # their value in a study as planned
@@ -111,7 +111,7 @@ def _said(study):
 
 def changed_fields(
     study:Study,
-    default:Study=Study(),
+    default:Study=Study(), # the other
 )->dict: # field, such as 'geometry', 'models.dinov2' or 'full.clip' -> its value by `default`, and in `study`; None where there is none
     "In what a study differs from another, which says nothing of its own."
     before,after = _said(default),_said(study)

@@ -216,7 +216,7 @@ def earlier_backbone(
 
 # %% ../../nbs/06n_earlier.ipynb #238ab76a
 def earlier_kind(
-    path:str|os.PathLike,
+    path:str|os.PathLike, # the file
 )->str: # 'weights', 'split' or 'scores'
     "What a file of an earlier study holds."
     path = Path(path)

@@ -226,7 +226,7 @@ def export_study(
 def publish(
     folder:str|os.PathLike, # of `export_run`
     repo:str, # <user>/<repository>, which is made if need be
-    private:bool=False,
+    private:bool=False, # who is not invited does not see it
     endpoint:str=None, # of the hub; None: that of `HF_ENDPOINT`
 )->str: # address of the commit
     "Push an exported model to the Hugging Face hub; the token is that of `hf auth login`."

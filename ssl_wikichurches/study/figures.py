@@ -247,21 +247,24 @@ def _panels(groups, draw, width, tall, columns=2, **kwargs):
 
 # %% ../../nbs/06d_figures.ipynb #adb5d7fc
 def forest_figure(table:pd.DataFrame, # of `study_table`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`forest_plot` of all models and tiers."
     fig,axs = _sheet(7, .75+.24*len(table))
     forest_plot(table, axs[0,0], f'shift of {metric}', legend=False)
     return fig
 
 def difference_figure(table:pd.DataFrame, # of `tier_contrasts`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "Shift of a tier minus that of another, with its interval."
     named = table.assign(tier=table.tier+' - '+table.minus, shift=table.difference)
     return forest_figure(named[['model','tier','shift','low','high']], f'{metric}, tier minus tier')
 
 def level_figure(table:pd.DataFrame, # of `frozen_table`
     baselines:pd.DataFrame, # of `compare_baselines`, or None
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`level_plot` of all models."
     fig,axs = _sheet(7, 1.+.26*max(len(table), 2))
     level_plot(table, baselines, axs[0,0], metric)
@@ -269,14 +272,16 @@ def level_figure(table:pd.DataFrame, # of `frozen_table`
 
 # %% ../../nbs/06d_figures.ipynb #92c9777e
 def slope_figure(table:pd.DataFrame, # of `study_table`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`slope_plot` of all models."
     fig,axs = _sheet(7, 3.6)
     slope_plot(table, axs[0,0], metric)
     return fig
 
 def price_figure(table:pd.DataFrame, # of `supervised_table`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`price_plot`, a row for each model."
     fig,axs = _sheet(8, .5+2.6*table.model.nunique(), table.model.nunique(), 2, sharey='col')
     price_plot(table, axs, f'shift of {metric}')
@@ -329,7 +334,8 @@ def tier_plot(
     return ax
 
 def tier_figure(table:pd.DataFrame, # of `study_table`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`tier_plot` of all models."
     fig,axs = _sheet(7, .8+max(.14*len(table), .17*table.tier.nunique()))
     tier_plot(table, axs[0,0], f'shift of {metric}')
@@ -337,21 +343,24 @@ def tier_figure(table:pd.DataFrame, # of `study_table`
 
 # %% ../../nbs/06d_figures.ipynb #938557da
 def ranking_figure(table:pd.DataFrame, # columns of `ranking_plot`, of all models
-    label:str='part',
-    xlabel:str='shift of recall')->Figure:
+    label:str='part', # column that names the rows
+    xlabel:str='shift of recall', # label of the axis
+)->Figure:
     "`ranking_plot`, a panel for each model."
     groups,columns = [*table.groupby('model', sort=False)],1 if table.model.nunique()==1 else 2
     tall = lambda g: .9+g[label].nunique()*max(.17, .07*(1+g.tier.nunique()))
     return _panels(groups, lambda g, ax: ranking_plot(g, ax, label, xlabel), 7 if columns==1 else 8.4, tall, columns, sharex=True)
 
 def block_figure(table:pd.DataFrame, # of `block_table`
-    metric:str)->Figure: # None without a model of more than one block
+    metric:str, # as an axis names it
+)->Figure: # None without a model of more than one block
     "`block_plot`, a panel for each model and kind of map with more than one block."
     groups = [(f'{m}: {reader}',g) for (m,reader),g in table.groupby(['model','reader'], sort=False) if g.block.nunique()>1]
     return _panels(groups, lambda g, ax: block_plot(g, ax, metric), 5.5 if len(groups)==1 else 8.4, lambda g: 2.6) if groups else None
 
 def against_figure(table:pd.DataFrame, # of `study_table`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`against_plot`: against accuracy, and against what is left of the frozen features where that is known."
     known = [x for x in ('balanced_accuracy','cka') if x in table and table[x].notna().any()]
     fig,axs = _sheet(1.8+2.7*len(known), 3, 1, len(known), sharey=True)
@@ -361,14 +370,16 @@ def against_figure(table:pd.DataFrame, # of `study_table`
     return fig
 
 def when_figure(table:pd.DataFrame, # of `when_table`
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`when_plot`, a panel for each model and tier that was looked at while it trained."
     groups = [(f'{m}  {t}',g) for (m,t),g in table.groupby(['model','tier'], sort=False)]
     return _panels(groups, lambda g, ax: when_plot(g, ax, f'shift of {metric}'), 5 if len(groups)==1 else 8.4, lambda g: 2.6)
 
 # %% ../../nbs/06d_figures.ipynb #21fb9fbe
 def grid_figure(table:pd.DataFrame, # of `head_grid`, of all models and tiers
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "`grid_plot`, a panel for each model and tier, one scale for all."
     limit,groups = table.estimate.abs().max(),[(f'{m}  {t}',g) for (m,t),g in table.groupby(['model','tier'], sort=False)]
     def draw(g, ax):
@@ -398,7 +409,8 @@ def forgetting_figure(table:pd.DataFrame # of `forgetting_table`
     return fig
 
 def head_levels_figure(table:pd.DataFrame, # of `head_grid`, of one tier
-    metric:str)->Figure:
+    metric:str, # as an axis names it
+)->Figure:
     "Level of every block and head before and after, and the shift, a row for each model; one scale for levels, one for shifts."
     top,limit = max(table.before.max(), table.after.max()),table.estimate.abs().max()
     shown = ('before',FROZEN), ('after',table.tier.iloc[0]), ('estimate','shift')

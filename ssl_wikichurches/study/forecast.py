@@ -23,7 +23,7 @@ def detectable_table(
     opened:OpenStudy, # with its frozen runs
     study:Study, # that is planned
     seeds:tuple=(1,3,5), # numbers of seeds, beside that of the study
-    moved:tuple=MOVED,
+    moved:tuple=MOVED, # shares of the attention that any training lays elsewhere
     draws:int=8, # see `detectable_mass`
 )->pd.DataFrame: # model, and the columns of `detectable_mass`
     "The smallest share of the attention, and shift, that a study would notice."

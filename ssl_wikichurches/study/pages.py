@@ -56,7 +56,8 @@ USUAL = dict(
     churches='photographs, styles and boxes, see `load_churches`',
     split='which photographs are for what, see `make_split`', data='what a tier is trained on, see `TrainData`',
     recipe='hyperparameters of the tier', study='models, tiers and seeds, see `Study`',
-    opened='a study on disk, see `open_study`', run='one model, tier and seed, see `Run`',
+    opened='a study on disk, see `open_study`', analysis='all tables of a study, see `Analysis`', cluster='where runs are computed, see `Cluster`', run='one model, tier and seed, see `Run`',
+    options='settings of the metrics, see `ScoreOptions`', ranking='pixels of maps in the order of their values, see `Ranking`',
     alpha='level of the test, in (0, 1)', n_resamples='draws of the bootstrap',
     session='of requests', ax='to draw into; None: a new one', xlabel='label of the axis', ylabel='label of the axis', pen='what draws',
     **{'model:str':'its name in the study', 'tier:str':'its name in the study', 'metric:str':'its name, see `METRICS`'})
@@ -64,9 +65,9 @@ USUAL = dict(
 def say_usual(
     shown:str, # see `signature_text`
 )->str: # code
-    "A signature in which a parameter that stands on a line alone, with no comment, has that of `USUAL`."
-    def said(m): return f'{m[0]} # {text}' if (text:=USUAL.get(m[2]+(m[3] or ''), USUAL.get(m[2]))) else m[0]
-    return re.sub(r'^( +)(\w+)(:[\w.|]+)?(=[^,#\n]+)?,$', said, shown, flags=re.M)
+    "A signature in which a parameter or field that stands on a line alone, with no comment, has that of `USUAL`."
+    def said(m): return f'{m[0]} # {text}' if (text:=USUAL.get(m[1]+(m[2] or ''), USUAL.get(m[1]))) else m[0]
+    return re.sub(r'^ +(\w+)(:[\w.|]+)?(?:=[^,#\n]+)?,?$', said, shown, flags=re.M)
 
 # %% ../../nbs/06x_pages.ipynb #918f6219
 _PACKAGE = __name__.partition('.')[0] if __name__!='__main__' else 'ssl_wikichurches'

@@ -100,7 +100,7 @@ def caption(
 class Exhibit:
     "A figure or a table with its caption."
     name:str # of its files
-    caption:str
+    caption:str # in sentences
     content:object # a matplotlib figure, or rows
 
     @property
@@ -154,7 +154,7 @@ _SPECIAL = {'\\':r'\textbackslash{}', '&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#'
             '>':'$>$', '|':'$|$', '\u2212':'$-$'}
 
 def latex_text(
-    text:str,
+    text:str, # of any characters that a table has
 )->str: # LaTeX that prints it
     "Text in which nothing is a command."
     return ''.join(_SPECIAL.get(c, c) for c in text)

@@ -47,7 +47,7 @@ ALPHAS = (0.,.25,.5,.75,1.)
 def straight_path(
     start:StyleModel, # frozen backbone and probe; stays as it is
     end:StyleModel, # fine-tuned, adapters merged; stays as it is
-    alphas:tuple=ALPHAS,
+    alphas:tuple=ALPHAS, # places on the line, 0 to 1
 ): # generator of (alpha, `StyleModel` in evaluation mode); each point overwrites the one before
     "The models on the straight line from one to another."
     model = deepcopy(start).eval().requires_grad_(False)
@@ -60,7 +60,7 @@ def lora_path(
     start:StyleModel, # frozen backbone and probe; stays as it is
     recipe:LoraRecipe, # of the run
     state:dict, # of its `Fitted.state`: adapters and classifier
-    alphas:tuple=ALPHAS,
+    alphas:tuple=ALPHAS, # scales of the adapters, 0 to 1
 ): # generator of (alpha, `StyleModel` in evaluation mode)
     "The same line for LoRA, by the scale of its adapters."
     if recipe.dora: raise ValueError("DoRA is not linear in its scale: use `straight_path` to the merged model")
@@ -110,8 +110,8 @@ def path_table(
 def path_scores(
     path:Iterable, # as of `path_points`
     data:TrainData,
-    part:str='val',
-    q:float=90,
+    part:str='val', # on which accuracy is measured: 'train', 'val', 'eval' or 'test'
+    q:float=90, # percentile of the IoU, in [0, 100)
     device:str='cpu',
 )->pd.DataFrame: # of `path_table`
     "What every point of a line scores."
@@ -264,7 +264,7 @@ def _ious(paths):
         yield model,tier,church,{a:iou[a] for a in g.alpha.unique()}
 
 def mean_paths(
-    paths:Paths,
+    paths:Paths, # of all models, tiers and seeds
 )->pd.DataFrame: # model, tier, alpha; own_start, seeds; accuracy, balanced_accuracy, macro_f1, iou, delta, low, high, churches
     "Lines averaged over seeds, with intervals over churches."
     rows = [dict(model=m, tier=t, alpha=a, **church_shift(iou[0.], v, church)) for m,t,church,iou in _ious(paths) for a,v in iou.items()]

@@ -260,11 +260,11 @@ class Run:
     tier:str # 'frozen', or a name that `tier_method` knows
     seed:int # of the training
     recipe:dict # fields of the tier's recipe; {} for 'frozen'
-    data:str # this and the next four: see `Study`
-    labels:str
-    geometry:str
-    size:int
-    on_error:str
+    data:str # see `Study`, as for the next four
+    labels:str # how photographs get a class
+    geometry:str # how they become square
+    size:int # side of the input, in pixels; 0: the backbone's own
+    on_error:str # what is done with photographs that cannot be read
     data_key:str # fingerprint of split, classes and boxes
     weights:str='' # mark of the source's weights (`weights_mark`); '': not known
 
@@ -339,7 +339,7 @@ def read_study(
     return as_study(values, Path(root)/'study.json', values.get('recipes'))
 
 def one_line(
-    error:Exception,
+    error:Exception, # that was raised
 )->str: # class and message
     "What an exception says, in one line; of a traceback that came from another process its last one."
     lines = [l.strip() for l in str(error).splitlines() if l.strip()] or ['']

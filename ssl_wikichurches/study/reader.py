@@ -60,7 +60,7 @@ class Cells:
     heads:tuple # '0', '1', ..., 'mean', or 'mean' alone
     value:np.ndarray # (n, blocks, heads); nan where the metric is undefined
     chance:np.ndarray=None # (n, blocks, heads), where it was asked for
-    ceiling:np.ndarray=None
+    ceiling:np.ndarray=None # the same; nan where the metric is undefined
 
     def at(self, run, metric, block, head): # place of a block and a head; the names are for messages
         if head not in self.heads: raise ValueError(f"{run} has no scores for metric {metric!r} and head {head!r}")
@@ -156,7 +156,7 @@ class Photographs:
 class OpenStudy:
     "What the folder of a study says."
     path:Path # the folder
-    study:Study
+    study:Study # as it was planned
     runs:pd.DataFrame # a row per complete run: name, kind (of `RUN_KINDS`), and the fields of recipe.json and run.json
     missing:tuple # names of the runs that are not complete
     church_of:dict=None # image -> church; None in folders that do not say: then file names do
@@ -200,34 +200,34 @@ def frozen(self:OpenStudy)->dict: # model -> name of its complete frozen run
 
 # %% ../../nbs/06c_reader.ipynb #bf29f082
 @patch
-def recipe(self:OpenStudy, run:str)->Run:
+def recipe(self:OpenStudy, run:str)->Run: # of its name
     "What a run depended on."
     row = self.runs[self.runs.name==run].iloc[0]
     return Run(**{f.name:v.item() if isinstance(v := row[f.name], np.generic) else v for f in fields(Run)})
 
 @patch
-def has(self:OpenStudy, run:str, file:str)->bool:
+def has(self:OpenStudy, run:str, file:str)->bool: # by their names
     "Whether a run holds a file."
     return (self.path/run/file).is_file()
 
 @patch
-def own_start(self:OpenStudy, run:str)->bool:
+def own_start(self:OpenStudy, run:str)->bool: # by its name
     "Whether a run began with another network than its model's frozen one, and holds what that scored."
     return self.has(run, 'start.parquet')
 
 @patch
-def maps(self:OpenStudy, run:str, start:bool=False)->StoredMaps:
-    "All that is stored of a run's attention; or that of the network it started from."
+def maps(self:OpenStudy, run:str, start:bool=False)->StoredMaps: # `start`: of the network it started from
+    "All that is stored of a run's attention."
     return load_maps(self.path/run/('start.safetensors' if start else 'maps.safetensors'))
 
 @patch
-def features(self:OpenStudy, run:str)->RunFeatures:
+def features(self:OpenStudy, run:str)->RunFeatures: # by its name
     "The features of a run."
     return load_features(self.path/run)
 
 # %% ../../nbs/06c_reader.ipynb #e17915ed
 @patch
-def predictions(self:OpenStudy, run:str)->pd.DataFrame:
+def predictions(self:OpenStudy, run:str)->pd.DataFrame: # by its name
     "What a run said of every photograph of validation, evaluation and test."
     return self.keep(('predictions',run), lambda: pd.read_csv(self.path/run/'predictions.csv'))
 
@@ -311,8 +311,13 @@ def read_means(self:OpenStudy,
     return known
 
 @patch
-def cells(self:OpenStudy, run:str, metric:str=PRIMARY, levels:bool=False, start:bool=False)->Cells:
-    "Every block and head of a run by one metric; or of the network that it started from."
+def cells(self:OpenStudy,
+    run:str, # its name
+    metric:str=PRIMARY, # one of those that were stored
+    levels:bool=False, # read chance and ceiling too
+    start:bool=False, # of the network that the run started from
+)->Cells:
+    "Every block and head of a run by one metric."
     path = self.path/run/('start.parquet' if start else 'metrics.parquet')
     if (found := _read_cells(path, metric, levels)) is None: raise ValueError(f"{run} has no scores for metric {metric!r}")
     return found
@@ -386,8 +391,8 @@ def scores(self:OpenStudy,
 @patch
 def levels(self:OpenStudy,
     metric:str=PRIMARY,
-    block:int=-1,
-    head:str='mean',
+    block:int=-1, # block of the backbone; -1: the last
+    head:str='mean', # 'mean' over heads, or the number of one
 )->pd.DataFrame: # model, image, church, value, chance, ceiling
     "Scores of the frozen backbones, between what blind choice of pixels would score and the best that any map could."
     read = lambda name: pd.DataFrame({c:self.values(name, metric, block, head, c) for c in ('value',*LEVELS)})

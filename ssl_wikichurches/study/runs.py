@@ -64,7 +64,7 @@ def evaluate_maps(
     backbone:Backbone,
     data:TrainData, # its evaluation images are measured
     device:str='cpu',
-    batch:int=32,
+    batch:int=32, # images at a time
     images:ChurchDataset=None, # the same evaluation images, of whoever has them already
 )->tuple: # `StoredMaps` of the images with a box in view; their boxes, n tensors (b, 4)
     "Maps and boxes of the evaluation images."
@@ -198,7 +198,7 @@ class RunLog(logging.Handler):
         super().__init__()
         self.lines = deque(maxlen=1000)
         self.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
-    def emit(self, record):
+    def emit(self, record): # of `logging`
         self.lines.append(self.format(record).rstrip())
         if record.name=='py.warnings': print(record.getMessage(), file=sys.stderr)
 

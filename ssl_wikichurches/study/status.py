@@ -43,7 +43,7 @@ def _with_times(table, now=None):
 
 # %% ../../nbs/06r_status.ipynb #45c0ef11
 def duration(
-    seconds:float,
+    seconds:float, # 0 or more
 )->str: # '3 d 4 h', '2 h 5 min', '12 min', '40 s'
     "A time for people, in its two largest units."
     if (s := round(seconds))<60: return f'{s} s'

@@ -56,8 +56,8 @@ def _plain_scores(opened, metric=PRIMARY, block=-1, head='mean'):
 def plain_shifts(
     opened:OpenStudy,
     metric:str=PRIMARY,
-    block:int=-1,
-    head:str='mean',
+    block:int=-1, # block of the backbone; -1: the last
+    head:str='mean', # 'mean' over heads, or the number of one
 )->pd.DataFrame: # as `shift_table` gives
     "The shift of every model and tier, with Holm's correction over the family that the study declared; computed once."
     make = lambda: shift_table(_plain_scores(opened, metric, block, head), opened.study.family)
