@@ -1,12 +1,12 @@
 "The report in a browser: what a reader sees, presses and copies; and the files of the paper."
-import io, re
+import io, re, shutil, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 import pandas as pd, pytest
 from pylatexenc.latex2text import LatexNodes2Text
 from pylatexenc.latexwalker import LatexWalker, LatexWalkerParseError
 from ssl_wikichurches.study.analysis import Analysis, Table, analyse
-from ssl_wikichurches.study.paper import caption, latex_text, write_paper
+from ssl_wikichurches.study.paper import Exhibit, caption, latex_table, latex_text, write_paper
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.reader import open_study
 from ssl_wikichurches.study.report import _lead, _reasons, _unseen, answer, findings, five_numbers, write_report
@@ -214,6 +214,18 @@ def test_latex_can_be_read_and_holds_the_numbers(paper, analysis):
     rows = [r for r in (folder/'tables'/'shift.tex').read_text().split('\\midrule')[1].split('\n') if r.endswith(r'\\')]
     s = analysis['shift']
     assert [r.split(' & ')[6].replace('$-$','-') for r in rows]==[f'{v:+.4f}' for v in s['shift']] and rows[0].startswith('tiny-clip & linear & 12 & 2 &')
+
+@pytest.mark.skipif(not shutil.which('pdflatex'), reason='no pdflatex here: the document is read, but not printed')
+def test_latex_prints_it(paper, tmp_path):
+    "Without an error or a line that is too wide; also characters that are special to it."
+    folder = tmp_path/'paper'
+    shutil.copytree(paper[0], folder)
+    odd = Exhibit('odd', '\\ & % $ # _ { } ~ ^ < > | \u2212 \u00b1 \u2264 \u2265 \u2013 \u201cq\u201d \u00e9', pd.DataFrame(dict(a_b=['x_y','50 %'], shift=[-.1,.2])))
+    text = (folder/'paper.tex').read_text()
+    (folder/'paper.tex').write_text(text.replace('\\end{document}', latex_table(odd)+'\\end{document}'))
+    done = subprocess.run(['pdflatex','-interaction=nonstopmode','-halt-on-error','paper.tex'], cwd=folder, capture_output=True, text=True, errors='replace')
+    assert done.returncode==0, done.stdout[-2000:]
+    assert not re.findall(r'^!.*|Overfull.*', done.stdout, re.M) and (folder/'paper.pdf').read_bytes()[:5]==b'%PDF-'
 
 def test_text_cannot_break_latex():
     for bad in ('a_b & 50 % of $x^2$ {y} ~ \\end{document} #1 <.001 | >', 'tiny_näme'):

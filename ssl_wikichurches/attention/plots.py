@@ -44,7 +44,7 @@ def _slim(element, used):
     kept = []
     for e in element:
         if e.tag==f'{{{_SVG}}}metadata': continue
-        e.attrib = {k:_rounded(v) for k,v in e.attrib.items() if (k!='id' or v in used) and not v.startswith('rotate(-0 ')}
+        e.attrib = {k:re.sub(r' ?([A-Za-z]) ?', r'\1', _rounded(v)) if k=='d' else _rounded(v) for k,v in e.attrib.items() if (k!='id' or v in used) and not v.startswith('rotate(-0 ')}
         _slim(e, used)
         kept += [*e] if e.tag==f'{{{_SVG}}}g' and not e.attrib else [e]
     element[:] = kept
