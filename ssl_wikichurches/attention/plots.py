@@ -64,7 +64,7 @@ def lean_svg(
     return ElementTree.tostring(root, encoding='unicode')
 
 # %% ../../nbs/02c_plots.ipynb #44469a9c
-PHOTOGRAPH = 64 # pixels: what is larger is no grid of patches or heads
+PHOTOGRAPH = 48 # pixels: what is larger is no grid of patches or heads
 
 def _printed(fig, photograph, *how, **more):
     from IPython.core.pylabtools import print_figure

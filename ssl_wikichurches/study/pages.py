@@ -56,11 +56,13 @@ USUAL = dict(
     churches='photographs, styles and boxes, see `load_churches`',
     split='which photographs are for what, see `make_split`', data='what a tier is trained on, see `TrainData`',
     recipe='hyperparameters of the tier', study='models, tiers and seeds, see `Study`',
-    opened='a study on disk, see `open_study`', analysis='all tables of a study, see `Analysis`', cluster='where runs are computed, see `Cluster`', run='one model, tier and seed, see `Run`',
+    opened='a study on disk, see `open_study`', analysis='all tables of a study, see `Analysis`',
+    cluster='where runs are computed, see `Cluster`', run='one model, tier and seed, see `Run`',
     options='settings of the metrics, see `ScoreOptions`', ranking='pixels of maps in the order of their values, see `Ranking`',
-    alpha='level of the test, in (0, 1)', n_resamples='draws of the bootstrap',
-    session='of requests', ax='to draw into; None: a new one', xlabel='label of the axis', ylabel='label of the axis', pen='what draws',
-    **{'model:str':'its name in the study', 'tier:str':'its name in the study', 'metric:str':'its name, see `METRICS`'})
+    places='where pixels of boxes stand in it, see `Places`', batch='photographs at a time', alpha='level of the test, in (0, 1)',
+    n_resamples='draws of the bootstrap', session='of requests', ax='to draw into; None: a new one', xlabel='label of the axis', ylabel='label of the axis', pen='what draws',
+    **{'model:str':'its name in the study', 'tier:str':'its name in the study', 'metric:str':'its name, see `METRICS`',
+       'table:pd.DataFrame':'rows and columns, as `tables/` has them'})
 
 def say_usual(
     shown:str, # see `signature_text`
