@@ -78,8 +78,9 @@ def sharp_figures():
     "From here on this notebook shows its figures as SVG, and those with photographs as JPEG."
     from IPython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats
+    if not (shell := get_ipython()): raise RuntimeError("no notebook is running that could show a figure: use `savefig`")
     set_matplotlib_formats() # none of its own
-    for kind,shown in {'svg+xml':_as_svg, 'jpeg':_as_jpeg}.items(): get_ipython().display_formatter.formatters[f'image/{kind}'].for_type(Figure, shown)
+    for kind,shown in {'svg+xml':_as_svg, 'jpeg':_as_jpeg}.items(): shell.display_formatter.formatters[f'image/{kind}'].for_type(Figure, shown)
 
 # %% ../../nbs/02c_plots.ipynb #774bf11d
 def show_overlay(
