@@ -1,5 +1,5 @@
 "Processes that a test starts, and what becomes of those that they start."
-import subprocess, time
+import os, signal, subprocess, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,13 @@ def alive(pid):
 def broken():
     "What a process may be asked to do, without anything to import for it."
     raise OSError('no such thing')
+
+def die_once(marker):
+    "Kill the process that computes, the first time; its number, the second."
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
 
 def wait_until(happened, most=1800):
     "Until something has happened. The bound only ends a test that would hang: it is far above what any machine needs."

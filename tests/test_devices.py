@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from torch.utils.data import DataLoader, TensorDataset
+from small import SIDE, load_backbone
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.finetune import training as finetune
-from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune.devices import BatchShares, Team, launch
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import gpu_groups, run_study
@@ -15,7 +15,7 @@ from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
 
-RECIPES = dict(full=FullRecipe(epochs=2, batch=20, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=30, lr=1e-3, dropout=0.))
+RECIPES = dict(full=FullRecipe(epochs=2, batch=8, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=14, lr=1e-3, dropout=0.)) # four steps an epoch, and two
 FITS = dict(full=fit_full, lora=fit_lora)
 
 def numbers(history): return history.drop(columns='images_per_second')
@@ -43,8 +43,8 @@ def trained_killed_resumed(data, left, folder):
 def stopped(tmp_path_factory): return tmp_path_factory.mktemp('stopped')
 
 @pytest.fixture(scope='module')
-def pair(data, stopped, tmp_path_factory):
-    return launch(2, trained_killed_resumed, data, stopped, tmp_path_factory.mktemp('resumed')),trained(data, ['full','lora'])
+def pair(two_dozen, stopped, tmp_path_factory):
+    return launch(2, trained_killed_resumed, two_dozen, stopped, tmp_path_factory.mktemp('resumed')),trained(two_dozen, ['full','lora'])
 
 @pytest.mark.parametrize('i', [0,1])
 def test_two_processes_train_as_one(pair, i):
@@ -57,9 +57,9 @@ def test_two_processes_train_as_one(pair, i):
     gaps = [(weights[k]-own[k]).abs().max() for k in own]
     assert max(gaps)<.02*max(moved) and max(moved)>1e-5
 
-def test_two_processes_resume_to_the_same_bits(data, stopped, pair):
+def test_two_processes_resume_to_the_same_bits(two_dozen, stopped, pair):
     assert (stopped/'checkpoint.safetensors').is_file()
-    with pytest.raises(ValueError, match='another training'): trained(data, ['full'], stopped) # of one process
+    with pytest.raises(ValueError, match='another training'): trained(two_dozen, ['full'], stopped) # of one process
     whole,_,(history,weights,_) = pair[0]
     assert all(torch.equal(v, whole[1][k]) for k,v in weights.items())
     pd.testing.assert_frame_equal(numbers(history), numbers(whole[0]), check_exact=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUTHS', 'word', 'seed_shifts', 'calibration_table', 'calibration_plot', 'first_maps', 'calibrate',
-           'save_calibration', 'readable_calibration']
+           'save_calibration', 'read_calibration', 'readable_calibration']
 
 # %% ../../nbs/06t_calibration.ipynb #df9caefd
 import os
@@ -145,6 +145,14 @@ def save_calibration(
     return table
 
 # %% ../../nbs/06t_calibration.ipynb #01eecd1c
+def read_calibration(
+    folder:str|os.PathLike, # of `save_calibration`
+)->pd.DataFrame: # of `calibration_table`
+    "The table that was kept."
+    if not (path := Path(folder)/'table.csv').is_file():
+        raise FileNotFoundError(f"there is no {path}: `wikichurches_calibrate FILES --results {folder}` writes it")
+    return pd.read_csv(path, keep_default_na=False, na_values='')
+
 def readable_calibration(
     table:pd.DataFrame, # of `calibration_table`
 )->pd.DataFrame: # text
