@@ -43,8 +43,8 @@ def wait_until(happened, most=1800):
 def as_a_worker(workers):
     "As many threads as a worker has in a pool of so many: training then gives the same bits as there."
     import torch
-    from ssl_wikichurches.data.files import available_cores
+    from ssl_wikichurches.data.files import thread_share
     n = torch.get_num_threads()
-    torch.set_num_threads(max(1, available_cores()//workers))
+    torch.set_num_threads(thread_share(workers))
     try: yield
     finally: torch.set_num_threads(n)

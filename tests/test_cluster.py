@@ -8,12 +8,12 @@ import pandas as pd, pytest, torch
 from processes import die_once, wait_until
 from ssl_wikichurches import cli
 from ssl_wikichurches.backbones.encoders import load_backbone, save_backbone
-from ssl_wikichurches.data.files import LOCK, local_locks, one_writer, write_file, writer_of
+from ssl_wikichurches.data.files import LOCK, local_locks, one_writer, writer_of
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.study.cluster import Placed, SubmititExecutor, dask_executor, open_executor, shares, slurm_executor, slurm_options
 from ssl_wikichurches.study.costs import cpu_joules, gpu_joules
 from ssl_wikichurches.study.folders import error_line, versions, weights_mark
-from ssl_wikichurches.study.plan import Cluster, RunsFailed, Study, load_study, read_study, study_runs
+from ssl_wikichurches.study.plan import Cluster, RunsFailed, Study, load_study, read_study
 from ssl_wikichurches.study.reader import load_run, open_study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.study.status import dry_run_text, exit_status, status_text, study_states

@@ -11,8 +11,8 @@ from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune import core_tuning
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.finetune.core_tuning import (MIXES, STRONG, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
-                                          mixed_set, mixing_draws, plain_loss, published_pairs, published_share, same_labels, soft_cross_entropy, supcon_loss)
-from ssl_wikichurches.finetune.training import TrainData, make_recipe, new_classifier, train
+                                          mixed_set, mixing_draws, published_pairs, published_share, same_labels, soft_cross_entropy, supcon_loss)
+from ssl_wikichurches.finetune.training import make_recipe, new_classifier, train
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full, parameter_groups, restore_full
 from ssl_wikichurches.finetune.tiers import tier_method
 

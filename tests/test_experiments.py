@@ -1,5 +1,5 @@
 "Studies that are interrupted, changed, broken or spread over executors."
-import json, logging, re, shutil, signal, subprocess, sys, time, warnings
+import json, logging, re, shutil, signal, subprocess, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace

@@ -15,7 +15,7 @@ from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.finetune import semi_supervised
 from ssl_wikichurches.finetune.attn_supervised import EndlessOrder
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, church_id, read_churches, train_transform
-from ssl_wikichurches.data.download import load_churches, synthetic_folder
+from ssl_wikichurches.data.download import synthetic_folder
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import StyleModel, make_recipe, new_classifier

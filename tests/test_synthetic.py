@@ -10,7 +10,7 @@ from ssl_wikichurches.data.churches import STYLES, read_churches
 from ssl_wikichurches.data.download import EDITIONS, load_churches, synthetic_folder
 from ssl_wikichurches.study.runs import data_key
 from ssl_wikichurches.data.parts import DRAWN, ONTOLOGY, Pen, draw_part
-from ssl_wikichurches.data.scene import CUES, make_tile, texture
+from ssl_wikichurches.data.scene import make_tile, texture
 from ssl_wikichurches.data.splits import class_labels, evaluation_split, make_split
 from ssl_wikichurches.data.synthetic import (DRAWN_STYLES, ECLECTIC, SLOTS, decode_mask, draw_church, encode_mask, make_churches, option_odds, plan_church,
                                         read_hidden_styles, read_truth, representative)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from ..data.files import available_cores, end_with_parent, local_locks
+from ..data.files import available_cores, end_with_parent, local_locks, thread_share
 from .plan import Cluster, Study
 
 # %% ../../nbs/06q_cluster.ipynb #8f87418a
@@ -76,7 +76,7 @@ def dask_executor(
     try:
         if here: client.register_plugin(Own())
         else: _check_workers(client)
-        yield _DaskExecutor(client, cluster.cpus or (max(1, available_cores()//workers) if here else 0))
+        yield _DaskExecutor(client, cluster.cpus or (thread_share(workers) if here else 0))
     finally:
         client.close()
         if here: here.close()
