@@ -113,10 +113,9 @@ def test_every_worker_has_its_own_gpus(monkeypatch):
         places.append(os.environ['CUDA_VISIBLE_DEVICES'])
     assert places==['0,1','2,3','4,5']
 
-def test_a_study_whose_trainings_are_shared(drawn, tmp_path):
+def test_a_study_whose_trainings_are_shared(drawn, few_questions, tmp_path):
     study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=2, batch=10, backbone_lr=1e-4)))
-    with ThreadPoolExecutor(1) as pool: alone = run_study(study, tmp_path/'1', pool, device='cpu', progress=False)
-    roots = [alone, run_study(study, tmp_path/'2', workers=1, processes=2, device='cpu', progress=False)]
+    with ThreadPoolExecutor(1) as pool: roots = [run_study(study, tmp_path/str(n), pool, device='cpu', processes=n, progress=False) for n in (1,2)]
     facts = [json.loads((r/'tiny-clip-full-seed0/run.json').read_text()) for r in roots]
     assert [f['processes'] for f in facts]==[1,2] and facts[0]['scores']==facts[1]['scores']
     a,b = (load_maps(r/'tiny-clip-full-seed0').maps for r in roots)
