@@ -39,17 +39,19 @@ def word(
 
 # %% ../../nbs/06t_calibration.ipynb #b103c20f
 def _seed_shifts(opened, metric):
-    scores,rows = opened.scores(metric),[]
-    for (model,tier),(before,after) in score_grids(scores[scores.tier!=LINEAR]).items():
-        d = after-before
-        found = shift_test(d.to_numpy().T[...,None])
-        rows.append(pd.DataFrame(dict(model=model, tier=tier, seed=d.columns, metric=metric, **{k:found[k] for k in ('shift','low','high','p')})))
+    rows = []
+    for kind in ('plain','control'):
+        scores = opened.scores(metric, kind=kind)
+        for (model,tier),(before,after) in score_grids(scores[scores.tier!=LINEAR]).items() if len(scores) else ():
+            d = after-before
+            found = shift_test(d.to_numpy().T[...,None])
+            rows.append(pd.DataFrame(dict(model=model, tier=tier, kind=kind, seed=d.columns, metric=metric, **{k:found[k] for k in ('shift','low','high','p')})))
     return pd.concat(rows, ignore_index=True)
 
 def seed_shifts(
     opened:OpenStudy,
     metric:str=PRIMARY, # full name
-)->pd.DataFrame: # model, tier, seed, metric, shift, low, high (95 %, over churches), p
+)->pd.DataFrame: # model, tier, kind ('plain' or 'control'), seed, metric, shift, low, high (95 %, over churches), p
     "The shift of every model that was trained, each by itself; linear probes are left out."
     return opened.keep(('seed shifts',metric), lambda: _seed_shifts(opened, metric)).copy(deep=False)
 
@@ -75,6 +77,7 @@ def control_differences(
 # %% ../../nbs/06t_calibration.ipynb #be2e3a1a
 def _agreement(seeds, said, better):
     "Share of the seeds of every model and tier whose own interval says the same; `said` by model and tier."
+    seeds = seeds[[k in said for k in zip(seeds.model, seeds.tier)]]
     same = [word(r.low, r.high, better)==said[r.model,r.tier] for r in seeds.itertuples()]
     return seeds.assign(same=same).groupby(['model','tier'], sort=False).same.mean()
 
