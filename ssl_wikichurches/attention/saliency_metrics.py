@@ -363,13 +363,13 @@ def kinds_of(
     kind,boxes = np.zeros(len(at), int),np.zeros((1,0), bool)
     for some in np.split(rows, range(8, len(rows), 8)):
         digits = np.zeros(len(at), np.uint8)
-        for row in some: digits = digits<<1|row[at]
+        for row in some: digits = digits<<1|row.take(at)
         code = kind<<8|digits
         sizes = np.bincount(code)
         seen = np.flatnonzero(sizes)
-        sizes,kind = sizes[seen],(np.cumsum(sizes>0)-1)[code]
-        boxes = np.c_[boxes[seen>>8], seen[:,None]>>np.arange(len(some))[::-1]&1==1]
-    if outside := n-len(at): sizes,boxes,kind = np.r_[outside,sizes],np.r_[0*boxes[:1]>0,boxes],kind+1
+        sizes,kind = sizes[seen],(np.cumsum(sizes>0)-1).take(code)
+        boxes = np.concatenate([boxes[seen>>8], seen[:,None]>>np.arange(len(some))[::-1]&1==1], 1)
+    if outside := n-len(at): sizes,boxes,kind = np.insert(sizes, 0, outside),np.insert(boxes, 0, False, 0),kind+1
     of = np.zeros(n, np.uint8 if len(sizes)<256 else np.int32)
     of[at] = kind
     return Kinds(*(torch.from_numpy(x).to(masks.device) for x in (of, sizes, boxes)))

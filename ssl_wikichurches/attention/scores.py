@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'COMPANIONS', 'BYTES_PER_PIXEL', 'IMAGES_AT_ONCE', 'ScoreOptions', 'once', 'ImageMaps', 'BoxTarget',
-           'chances_of', 'SoftTargets', 'Comparison', 'Metric', 'metric_names', 'find_metric', 'higher_is_better',
-           'gain_sign', 'score_maps', 'read_maps', 'read_boxes', 'image_iou']
+           'SoftTargets', 'Comparison', 'Metric', 'metric_names', 'find_metric', 'higher_is_better', 'gain_sign',
+           'score_maps', 'read_maps', 'read_boxes', 'image_iou']
 
 # %% ../../nbs/02e_scores.ipynb #eb8569df
 import os
@@ -17,7 +17,7 @@ from ..data.files import read_csv
 from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
 from ..backbones.encoders import Backbone
 from .capture import pooled_maps, regrid
-from .metrics import (PRIMARY, auroc, chances_of_top, check_maps, find_places, iou_ceiling,
+from .metrics import (PRIMARY, auroc, chance_of_top, chances_of_top, check_maps, find_places, iou_ceiling,
     iou_of_largest, iou_of_top, n_kept, places_of, rank_pixels, shares, totals, upsample)
 from .saliency_metrics import (EPS, PRIOR_EPS, average_precision, average_precision_chance, best_iou_chance,
     correlation, densities_of_others, dilate, emd, hits_by_box, kinds_of, kl_divergence, mean_and_sd, mix_even, n_holding, nss,
@@ -103,18 +103,11 @@ class BoxTarget:
     @once
     def pooled(self): return self.soft if self.grid<=self.options.emd_grid else soft_target(self.mask, self.options.emd_grid)
     @once
-    def chance(self): return chances_of([self])[0]
+    def chance(self): # number of pixels that are kept -> IoU of blind ones, for all percentiles
+        return dict(zip(self.kept, chances_of_top(self.area, self.n, self.kept).tolist()))
     @once
     def extremes(self): # even attention, and attention that is the soft target
         return Comparison(ImageMaps(torch.stack([torch.ones_like(self.soft), self.soft]), len(self.mask), self.options), self)
-
-def chances_of(
-    targets:list, # `BoxTarget`s of one frame
-)->list: # of each: number of pixels that are kept -> IoU of blind ones, for all percentiles and for the area
-    "Many at once, which is quicker."
-    ks = [[*t.kept,t.area] for t in targets]
-    found = chances_of_top(np.repeat([t.area for t in targets], [*map(len, ks)]), targets[0].n, np.concatenate(ks))
-    return [dict(zip(k, c.tolist())) for k,c in zip(ks, np.split(found, np.cumsum([*map(len, ks)])))]
 
 # %% ../../nbs/02e_scores.ipynb #0cf993fc
 class SoftTargets:
@@ -188,7 +181,7 @@ _OF_RANKING = (
         lambda t, q: (t.chance[n_kept(t.n, q)], iou_ceiling(t.area, t.n, q)), 'E[X/(k+a-X)], X hypergeometric', 'min(k,a)/max(k,a)',
         'Jaccard, 1901', setting='percentiles'),
     Metric('iou@area', 'IoU of the top a pixels and the boxes', lambda c: c.hits/(2-c.hits),
-        lambda t: (t.chance[t.area], 1.), 'E[X/(2a-X)], X hypergeometric', '1', 'Arras et al., 2022: r/(2-r)', companion=True),
+        lambda t: (chance_of_top(t.area, t.n, t.area), 1.), 'E[X/(2a-X)], X hypergeometric', '1', 'Arras et al., 2022: r/(2-r)', companion=True),
     Metric('rank_accuracy', 'share of hits among the top a pixels', lambda c: c.hits,
         lambda t: (t.area/t.n, 1.), 'a/n', '1', 'Arras et al., 2022'),
     Metric('auroc', 'P(pixel inside outranks one outside)', lambda c: auroc(c.maps.pixels, c.target.mask, c.places),
@@ -360,8 +353,6 @@ def _on_patches(maps, targets, asked):
 def _score_block(maps, targets, asked, chunk):
     "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g)."
     each,of = [t for some in targets for t in some],[i for i,some in enumerate(targets) for _ in some]
-    if any(m.name in ('iou','iou@area') for m,_ in asked.values()):
-        for t,chance in zip(each, chances_of(each)): t.chance = chance
     on_pixels = [f for m,some in zip(maps, targets) for f in _on_pixels(m, some, asked, chunk)]
     found = iter([a|b for a,b in zip(on_pixels, _on_patches(maps[of], each, asked))])
     return [[next(found) for _ in some] for some in targets]
