@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 import numpy as np, pandas as pd, torch
 from ..data.files import read_csv
 from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
@@ -97,7 +98,7 @@ class BoxTarget:
     @once
     def near(self): return dilate(self.mask, self.options.tolerance) if self.options.tolerance else self.mask
     @once
-    def box_areas(self): return self.kinds.by_box(self.kinds.sizes)
+    def box_areas(self): return self.kinds.by_box(self.kinds.sizes) # array (b)
     @once
     def soft(self): return soft_target(self.mask, self.grid) # (grid, grid)
     @once
@@ -113,12 +114,10 @@ class BoxTarget:
 class SoftTargets:
     "Soft targets of several images or parts of them, for metrics on patches."
     def __init__(self,
-        targets:list, # t `BoxTarget`s of one grid
-    ): self.targets,self.options = targets,targets[0].options
-    @once
-    def soft(self): return torch.stack([t.soft for t in self.targets])[:,None] # (t, 1, grid, grid)
-    @once
-    def pooled(self): return torch.stack([t.pooled for t in self.targets])[:,None]
+        soft:list, # t tensors (grid, grid), of `BoxTarget`s
+        pooled:list, # the same on the grid of the earth mover's distance
+        options:ScoreOptions,
+    ): self.soft,self.pooled,self.options = torch.stack(soft)[:,None],torch.stack(pooled)[:,None],options # (t, 1, grid, grid)
     @once
     def extremes(self): # of each, even attention, and attention that is the soft target
         return Comparison(ImageMaps(torch.cat([torch.ones_like(self.soft), self.soft], 1), None, self.options), self)
@@ -146,8 +145,12 @@ class Comparison:
         hits = torch.searchsorted(at, ks.expand(len(at), -1).contiguous()).double()
         return dict(zip(self.target.kept, (hits/(ks+self.target.area-hits)).unbind(1)))
     @once
-    def in_boxes(self): # (m, b) top pixels
-        return hits_by_box(self.maps.ranking, self.target.boxes, n_kept(self.target.n, self.target.options.q), self.target.kinds)
+    def in_boxes(self): # array (m, b) of top pixels
+        return hits_by_box(self.maps.ranking, self.target.boxes, n_kept(self.target.n, self.target.options.q), self.target.kinds).cpu().numpy()
+    @once
+    def within_boxes(self): # array (m, b) of the attention
+        at,kinds = self.target.at.cpu().numpy(),self.target.kinds
+        return kinds.by_box(np.stack([kinds.sums(at, w) for w in self.within.cpu().numpy()]))
     def iou(self, k): # of the top k pixels
         return iou_of_largest(self.maps.pixels, self.target.mask, k) if self.maps.few else self.ious[k]
 
@@ -157,7 +160,7 @@ class Metric:
     "What a metric says, how it is computed, and between which levels it lies."
     name:str # without a setting
     what:str # in words; k pixels are kept, the mask has a pixels, the image n, and t is the soft target
-    score:Callable # of a `Comparison` (and the setting): (m) values, or (t, m) of several images
+    score:Callable # of a `Comparison` (and the setting): (m) values, or (t, m) of several images; tensor or array
     levels:Callable = None # of a `BoxTarget`, or `SoftTargets` (and the setting): chance and ceiling; None: of even attention and of the soft target
     chance:str = 'of even attention' # in words
     ceiling:str = 'of t itself' # in words
@@ -240,13 +243,13 @@ _OF_PATCHES = (
 # %% ../../nbs/02e_scores.ipynb #69348c9a
 def _recall_levels(t, q):
     k,worth = n_kept(t.n, q),(t.kinds.boxes/t.box_areas).mean(1) # of a pixel of each kind, for the mean recall
-    best = worth.argsort(descending=True)
-    upto = t.kinds.sizes[best].cumsum(0).clamp(max=k) # of the k best pixels, those of kinds up to this one
-    return k/t.n, (worth[best]*upto.diff(prepend=upto.new_zeros(1))).sum().item()
+    best = worth.argsort()[::-1]
+    upto = t.kinds.sizes[best].cumsum().clip(max=k) # of the k best pixels, those of kinds up to this one
+    return k/t.n, (worth[best]*np.diff(upto, prepend=0)).sum()
 
 def _best_iou_levels(t, q):
     k,b = n_kept(t.n, q),t.box_areas
-    return best_iou_chance(t.boxes, q, kinds=t.kinds), (b.clamp(max=k)/b.clamp(min=k)).max().item()
+    return best_iou_chance(t.boxes, q, kinds=t.kinds), (np.minimum(b, k)/np.maximum(b, k)).max()
 
 _OF_PLACES = (
     Metric('pointing', 'maximum within that many pixels of the boxes', lambda c, tolerance: pointing_game(c.maps.pixels, c.target.near, peaks=c.maps.peaks),
@@ -255,11 +258,11 @@ _OF_PLACES = (
     Metric('recall', 'mean over boxes of the share among the top pixels',
         lambda c, q: (c.in_boxes/c.target.box_areas).mean(-1),
         _recall_levels, 'k/n', 'exact, k best pixels', 'box by box', setting='q', companion=True),
-    Metric('best_iou', 'IoU of the top pixels and the best box', lambda c, q: (c.in_boxes/(n_kept(c.target.n, q)+c.target.box_areas-c.in_boxes)).amax(-1),
+    Metric('best_iou', 'IoU of the top pixels and the best box', lambda c, q: (c.in_boxes/(n_kept(c.target.n, q)+c.target.box_areas-c.in_boxes)).max(-1),
         _best_iou_levels, 'simulated', 'max of min(k,b)/max(k,b)', 'box by box', setting='q', companion=True),
     Metric('best_coverage', 'largest share of the attention in one box',
-        lambda c: c.target.kinds.by_box(c.target.kinds.sums(c.target.at.expand_as(c.within), c.within)).amax(-1),
-        lambda t: (t.box_areas.max().item()/t.n, 1.), 'of even attention', '1', 'box by box'),
+        lambda c: c.within_boxes.max(-1),
+        lambda t: (t.box_areas.max()/t.n, 1.), 'of even attention', '1', 'box by box'),
 )
 
 # %% ../../nbs/02e_scores.ipynb #ea9fd036
@@ -310,9 +313,11 @@ def _asked(target, asked, patches):
     return {name:found for name,found in asked.items() if found[0].name not in out}
 
 # %% ../../nbs/02e_scores.ipynb #677a569d
+def _array(x): return x.cpu().numpy() if isinstance(x, torch.Tensor) else x
+
 def _scores(c, asked):
     "Full name -> values, and the numbers on which their levels depend, or None: arrays (m), or (t, m)."
-    return {name:(m.score(c, *setting).cpu().numpy(), m.per_map(c).cpu().numpy() if m.per_map else None) for name,(m,setting) in asked.items()}
+    return {name:(_array(m.score(c, *setting)), _array(m.per_map(c)) if m.per_map else None) for name,(m,setting) in asked.items()}
 
 # %% ../../nbs/02e_scores.ipynb #11b8fa86
 def _levels(metric, setting, target, numbers):
@@ -338,24 +343,28 @@ def _joined(metric, setting, target, parts):
     return values,*_levels(metric, setting, target, numbers)
 
 # %% ../../nbs/02e_scores.ipynb #6b158aad
-def _on_patches(maps, targets, asked):
-    "The same for each of t targets with its maps (t, m, g, g), all at once."
-    found,seen = [{} for _ in targets],{}
+def _on_patches(maps, seen, asked, options):
+    "The same for t targets with a map each (t, m, g, g), all at once; `seen`: of each, soft target, pooled one, and names of what is defined."
+    found,of = [{} for _ in seen],{}
     for name,(m,setting) in asked.items():
-        able = tuple(i for i,t in enumerate(targets) if m.patches and m.possible(t))
+        able = tuple(i for i,(_,_,names) in enumerate(seen) if name in names)
         if not able: continue
-        if able not in seen: seen[able] = Comparison(ImageMaps(maps[[*able]], None, targets[0].options), SoftTargets([targets[i] for i in able]))
-        values,_ = _scores(seen[able], {name: (m,setting)})[name]
-        for i,*row in zip(able, values, *(np.broadcast_to(x, len(able)) for x in _levels(m, setting, seen[able].target, None))): found[i][name] = row
+        if able not in of:
+            soft,pooled,_ = zip(*(seen[i] for i in able))
+            of[able] = Comparison(ImageMaps(maps[[*able]], None, options), SoftTargets(soft, pooled, options))
+        values,_ = _scores(of[able], {name: (m,setting)})[name]
+        for i,*row in zip(able, values, *(np.broadcast_to(x, len(able)) for x in _levels(m, setting, of[able].target, None))): found[i][name] = row
     return found
 
 # %% ../../nbs/02e_scores.ipynb #ab261a7e
-def _score_block(maps, targets, asked, chunk):
-    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g)."
-    each,of = [t for some in targets for t in some],[i for i,some in enumerate(targets) for _ in some]
-    on_pixels = [f for m,some in zip(maps, targets) for f in _on_pixels(m, some, asked, chunk)]
-    found = iter([a|b for a,b in zip(on_pixels, _on_patches(maps[of], each, asked))])
-    return [[next(found) for _ in some] for some in targets]
+def _score_block(maps, targets, asked, chunk, options):
+    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g). An image's targets are let go before the next one's are made."
+    found,seen,of = [],[],[]
+    for i,some in enumerate(targets):
+        found.append(_on_pixels(maps[i], some, asked, chunk))
+        if any(m.patches for m,_ in asked.values()): seen,of = seen+[(t.soft,t.pooled,_asked(t, asked, True)) for t in some],of+[i]*len(some)
+    more = iter(_on_patches(maps[of], seen, asked, options)) if seen else repeat({})
+    return [[f|next(more) for f in scores] for scores in found]
 
 # %% ../../nbs/02e_scores.ipynb #abfaa3c9
 BYTES_PER_PIXEL = 200 # peak of the engine, for one pixel of one upsampled map
@@ -488,8 +497,8 @@ def score_maps(
         m = maps[images.start:images.stop].float()
         if len(heads)>1: m = torch.cat([m, m.mean(2, keepdim=True)], dim=2)
         m,masks = m.flatten(1,2),[_masks_by_label(boxes[i], labels[i], size) for i in images]
-        targets = [[BoxTarget(k.to(m.device), m.shape[-1], used, others) for k in by_label.values()] for by_label,others in zip(masks, map(others_of, images))]
-        return [dict(zip(by_label, found)) for by_label,found in zip(masks, _score_block(m, targets, asked, chunk))]
+        targets = ([BoxTarget(k.to(m.device), m.shape[-1], used, others) for k in by_label.values()] for by_label,others in zip(masks, map(others_of, images)))
+        return [dict(zip(by_label, found)) for by_label,found in zip(masks, _score_block(m, targets, asked, chunk, used))]
     blocks = _blocks(len(names), max(1, memory//(BYTES_PER_PIXEL*maps[0,:,0].numel()*len(heads))), torch.get_num_threads())
     found = [f for block in _in_threads(lambda i: of_block(blocks[i]), len(blocks)) for f in block]
     table = _table(found, names, maps.shape[1], heads, parts is not None)
