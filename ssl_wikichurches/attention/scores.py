@@ -325,7 +325,7 @@ def _levels(metric, setting, target, numbers):
     if numbers is not None:
         each,where = np.unique(numbers, return_inverse=True)
         return tuple(level[where] for level in metric.levels(target, each))
-    return tuple(metric.score(target.extremes, *setting).cpu().unbind(-1)) if metric.levels is None else metric.levels(target, *setting)
+    return tuple(np.moveaxis(_array(metric.score(target.extremes, *setting)), -1, 0)) if metric.levels is None else metric.levels(target, *setting)
 
 # %% ../../nbs/02e_scores.ipynb #bfd44cf2
 def _on_pixels(maps, targets, asked, chunk):
@@ -462,16 +462,22 @@ def _in_threads(f, n):
     finally: torch.set_num_threads(threads)
 
 # %% ../../nbs/02e_scores.ipynb #81431d8b
+def _column(levels, m):
+    "Numbers, or arrays (m), one after the other, each m times."
+    several = [isinstance(v, np.ndarray) for v in levels]
+    if all(several): return np.concatenate(levels)
+    column = np.repeat([0. if s else v for v,s in zip(levels, several)], m)
+    for i in np.flatnonzero(several): column[i*m:(i+1)*m] = levels[i]
+    return column
+
 def _table(found, names, blocks, heads, of_parts):
     "One row for each image, part, metric, block and head."
     keys = [(name,part,metric) for name,targets in zip(names, found) for part,scores in targets.items() for metric in scores]
-    levels = np.empty((3, len(keys), m := blocks*len(heads))) # values, chance and ceiling
-    for i,of_key in enumerate(v for targets in found for scores in targets.values() for v in scores.values()):
-        for column,v in zip(levels, of_key): column[i] = v
+    levels,m = zip(*(v for targets in found for scores in targets.values() for v in scores.values())) if keys else ((),)*3,blocks*len(heads)
     columns = {k:np.repeat(np.array(v, dtype=object), m) for k,v in zip(('image','part','metric'), zip(*keys))}
     columns['block'] = np.tile(np.repeat(np.arange(blocks), len(heads)), len(keys))
     columns['head'] = np.tile(np.array(heads, dtype=object), blocks*len(keys))
-    columns |= zip(('value','chance','ceiling'), levels.reshape(3, -1))
+    columns |= {k:_column(v, m) for k,v in zip(('value','chance','ceiling'), levels) if v}
     return pd.DataFrame({k:columns.get(k, []) for k in ('image','part','block','head','metric','value','chance','ceiling') if k!='part' or of_parts})
 
 # %% ../../nbs/02e_scores.ipynb #361fa494
