@@ -16,7 +16,7 @@ import numpy as np, torch
 from .capture import regrid
 from ..data.churches import masks_by_box
 from .metrics import (Places, Ranking, along, check_maps, coverage, inside, iou_of_top, n_kept, places_in,
-    places_of, quick, rank_pixels, shares, totals)
+    places_of, quick, range_of, rank_pixels, shares, totals)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #b5101fa2
 def rank_accuracy(
@@ -204,7 +204,7 @@ def correlation(
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`, not constant
 )->torch.Tensor: # (...) float64 in [-1, 1]; a constant map has 0
     "Pearson's correlation of a map and the target (Bylinskii et al., 2019)."
-    if not torch.isfinite(maps).all(): raise ValueError("maps hold values that are not finite")
+    range_of(maps) # which refuses what is not finite
     t,flat = _target(maps, target),maps.flatten(-2)
     (center,width),(mean,sd) = mean_and_sd(t),mean_and_sd(flat)
     if width.isinf().any(): raise ValueError("the target is the same everywhere: nothing can correlate with it")
@@ -264,7 +264,7 @@ def densities_of_others(
     groups:list=None, # n churches, as for `loo_prior`
 ): # function of the number of an image: (h, w) float64, as `loo_prior(masks, groups, eps=0)` has it
     "Where a box of a random other image is, one image at a time."
-    groups,at = range(len(masks)) if groups is None else groups,[np.flatnonzero(m) for m in masks]
+    groups,at,shape = range(len(masks)) if groups is None else groups,[np.flatnonzero(m) for m in masks],masks[0].shape
     own,total = {},np.zeros(masks[0].numel())
     for i,(group,a) in enumerate(zip(groups, at)):
         own.setdefault(group, []).append(i)
@@ -273,7 +273,8 @@ def densities_of_others(
         left = total.copy()
         for j in own[groups[i]]: left[at[j]] -= 1/len(at[j])
         for j in own[groups[i]]: left[at[j]] *= left[at[j]]>.5/len(left) # one mask adds at least 1/len(left): what is less is rounding
-        return torch.from_numpy(left).view(masks[0].shape)/(len(masks)-len(own[groups[i]]))
+        left /= len(at)-len(own[groups[i]])
+        return torch.from_numpy(left).view(shape)
     return others
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #931e78ff
@@ -429,5 +430,5 @@ def best_iou_chance(
     kinds = kinds_of(masks) if kinds is None else kinds
     k = n_kept(len(kinds.of), q)
     drawn = np.random.default_rng(seed).multivariate_hypergeometric(kinds.sizes, k, size=draws, method='marginals')
-    hits = drawn@kinds.boxes.astype(float)
-    return float((hits/(k+kinds.by_box(kinds.sizes)-hits)).max(1).mean())
+    hits = kinds.boxes.T.astype(float)@drawn.T
+    return float((hits/(k+kinds.by_box(kinds.sizes)[:,None]-hits)).max(0).mean())

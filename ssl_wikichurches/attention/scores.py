@@ -18,7 +18,7 @@ from ..data.files import read_csv
 from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
 from ..backbones.encoders import Backbone
 from .capture import pooled_maps, regrid
-from .metrics import (PRIMARY, auroc, chance_of_top, chances_of_top, check_maps, find_places, iou_ceiling,
+from .metrics import (PRIMARY, auroc, chances_of_top, check_maps, find_places, iou_ceiling,
     iou_of_largest, iou_of_top, n_kept, places_of, rank_pixels, shares, totals, upsample)
 from .saliency_metrics import (EPS, PRIOR_EPS, average_precision, average_precision_chance, best_iou_chance,
     correlation, densities_of_others, dilate, emd, hits_by_box, kinds_of, kl_divergence, mean_and_sd, mix_even, n_holding, nss,
@@ -104,8 +104,9 @@ class BoxTarget:
     @once
     def pooled(self): return self.soft if self.grid<=self.options.emd_grid else soft_target(self.mask, self.options.emd_grid)
     @once
-    def chance(self): # number of pixels that are kept -> IoU of blind ones, for all percentiles
-        return dict(zip(self.kept, chances_of_top(self.area, self.n, self.kept).tolist()))
+    def chance(self): # number of pixels that are kept -> IoU of blind ones, for all percentiles and for the area
+        ks = [*self.kept,self.area]
+        return dict(zip(ks, chances_of_top(self.area, self.n, ks).tolist()))
     @once
     def extremes(self): # even attention, and attention that is the soft target
         return Comparison(ImageMaps(torch.stack([torch.ones_like(self.soft), self.soft]), len(self.mask), self.options), self)
@@ -184,7 +185,7 @@ _OF_RANKING = (
         lambda t, q: (t.chance[n_kept(t.n, q)], iou_ceiling(t.area, t.n, q)), 'E[X/(k+a-X)], X hypergeometric', 'min(k,a)/max(k,a)',
         'Jaccard, 1901', setting='percentiles'),
     Metric('iou@area', 'IoU of the top a pixels and the boxes', lambda c: c.hits/(2-c.hits),
-        lambda t: (chance_of_top(t.area, t.n, t.area), 1.), 'E[X/(2a-X)], X hypergeometric', '1', 'Arras et al., 2022: r/(2-r)', companion=True),
+        lambda t: (t.chance[t.area], 1.), 'E[X/(2a-X)], X hypergeometric', '1', 'Arras et al., 2022: r/(2-r)', companion=True),
     Metric('rank_accuracy', 'share of hits among the top a pixels', lambda c: c.hits,
         lambda t: (t.area/t.n, 1.), 'a/n', '1', 'Arras et al., 2022'),
     Metric('auroc', 'P(pixel inside outranks one outside)', lambda c: auroc(c.maps.pixels, c.target.mask, c.places),
