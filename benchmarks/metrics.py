@@ -2,14 +2,17 @@
 
     python benchmarks/metrics.py [--images 139] [--blocks 12] [--heads 12] [--size 224] [--patch 14] [--sample 12] [--repeats 3]
     python benchmarks/metrics.py --single 1 20 200 # one map an image, on one thread: the earlier way beside that of `score_maps`
+    git worktree add /tmp/before COMMIT; python benchmarks/metrics.py --single 1 20 200 1000 --against /tmp/before # and that of another state of the repository
 
 `score_maps` scores all maps of made-up images by every metric; `plain` scores a sample of the same maps, each by itself, with numpy, scipy and scikit-learn as anyone would, without a line of this package but
 `upsample` and `box_mask`. Its earth mover's distance is `scipy.stats.wasserstein_distance_nd`, by far its slowest part, so the ratio is printed without it, too. Seconds are per map: the plain code does not gain from having more of
 them. What is printed is the median of the ratios and their range, the largest difference of any value, and the peak memory of a fresh process for three sizes of the engine's work space, above that of one
 which scores nothing. With `--single` it is milliseconds of processor time for an image with one map, of all metrics and of the IoU at the 90th percentile: `earlier` pays for
-each image what `score_maps` did when its levels, masks and checks were made for many maps an image. scipy's solver stops within 1e-7 of the optimum, so the distances of the sample are solved again by HiGHS at its tightest tolerance.
+each image what `score_maps` did when its levels, masks and checks were made for many maps an image. With `--against` another state of the repository scores the same maps in a process of its own, in turn with this one;
+`before` is its time, and what is compared is its table. With `--many` both score that many maps an image, too. scipy's solver stops within 1e-7 of the optimum, so the distances of the sample are solved again by HiGHS at its tightest tolerance.
 """
-import argparse, subprocess, sys, time
+import argparse, json, os, subprocess, sys, tempfile, time
+from pathlib import Path
 import numpy as np, pandas as pd, torch
 from memory import peak_megabytes
 from scipy.ndimage import distance_transform_edt
@@ -120,13 +123,50 @@ def earlier(heat, boxes, size, others, f, only):
         'best_iou@90':((hits/(k+areas-hits)).max().item(),best_box_before(masks, k),(areas.clamp(max=k)/areas.clamp(min=k)).max().item()),
         'best_coverage':(max(p[m.flatten().nonzero()[:,0]].sum().item() for m in masks),areas.max().item()/n,1)}|{m:(s,even[m],own[m]) for m,s in patches_before(heat, t).items()}
 
+def case(a, images, maps=1):
+    "Maps, boxes and names; two images where one is asked for, because some metrics need others."
+    m,boxes,names = made(argparse.Namespace(**vars(a)|dict(images=images, blocks=1, heads=1)|(dict(blocks=a.blocks, heads=a.heads) if maps>1 else {})))
+    m = m if maps>1 else m[:,0,0]
+    return (m,boxes,names) if images>1 else (torch.cat([m, m]),boxes*2,['image 0','beside it'])
+
+def served(a):
+    "For each case on the standard input, the processor seconds of scoring it; the table goes to the path beside it."
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        images,maps,only,path = json.loads(line); m,boxes,names = case(a, images, maps)
+        table,seconds = processor(lambda: score_maps(m, boxes, names, a.size, only=only))
+        if path: table.to_pickle(path)
+        print(seconds, flush=True)
+
+def server(a, folder):
+    "A process that scores cases by the package in a folder, as a function."
+    command = [sys.executable, __file__, '--serve', *(x for k in ('size','patch','blocks','heads') for x in (f'--{k}',str(getattr(a, k))))]
+    process = subprocess.Popen(command, env=os.environ|dict(PYTHONPATH=str(folder)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def ask(*what):
+        print(json.dumps(what), file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+    return ask
+
+def versus(a):
+    "Milliseconds of processor time a map by another state of the repository and by this one, in turn, and the largest difference of a value or a level."
+    before,now = server(a, a.against),server(a, Path(__file__).parents[1]); rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f'{folder}/{k}' for k in ('before','now')]
+        for images,maps,only in [(i,1,o) for i in a.single for o in ([],['iou@90'])]+[(i,a.blocks*(a.heads+1),[]) for i in a.many]:
+            for ask,path in zip((before, now), paths): ask(images, maps, only, path)
+            one,two = map(pd.read_pickle, paths); levels = ['value','chance','ceiling']
+            assert one.drop(columns=levels).equals(two.drop(columns=levels))
+            times = 1e3*np.array([[ask(images, maps, only, None) for ask in (before, now)] for _ in range(a.repeats)])/max(images, 2)/maps
+            rows.append(dict(images=max(images, 2), maps=maps, metrics=only[0] if only else 'all', before=np.median(times[:,0]), now=np.median(times[:,1]),
+                             ratio=np.median(times[:,0]/times[:,1]), lowest=times[:,1].min(), difference=np.abs(one[levels]-two[levels]).max(axis=None)))
+    print(pd.DataFrame(rows).set_index(['images','maps','metrics']).round(dict(before=2, now=2, ratio=2, lowest=2)).to_string())
+
 def single(a):
     "Milliseconds of processor time an image, the earlier way and now, and the largest difference of a value or a level."
     from scipy.special import gammaln
     torch.set_num_threads(1); f = gammaln(np.arange(a.size**2+1)+1.); rows = []
     for images in a.single:
-        maps,boxes,names = made(argparse.Namespace(**vars(a)|dict(images=images, blocks=1, heads=1))); maps = maps[:,0,0]
-        if images==1: names,boxes,maps = names*2,boxes*2,maps.repeat(2,1,1); names = ['image 0','beside it']
+        maps,boxes,names = case(a, images)
         for only in ([],['iou@90']):
             def before():
                 masks = torch.stack([box_mask(b, a.size) for b in boxes]); others = loo_prior(masks, eps=0) if not only else [None]*len(names)
@@ -168,7 +208,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name,default in dict(images=139, blocks=12, heads=12, size=224, patch=14, sample=12, repeats=3).items(): p.add_argument(f'--{name}', type=int, default=default)
     p.add_argument('--single', type=int, nargs='+', default=[], help='numbers of images with one map each'); p.add_argument('--peak', type=int, help=argparse.SUPPRESS)
+    p.add_argument('--against', type=Path, help='folder of another state of the repository'); p.add_argument('--many', type=int, nargs='+', default=[], help='numbers of images with all their maps')
+    p.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     a = p.parse_args()
+    if a.serve: return served(a)
+    if a.against: return versus(a)
     if a.single: return single(a)
     if a.peak is not None: return print(peak(a))
     maps,boxes,names = made(a)

@@ -8,7 +8,7 @@ from ssl_wikichurches.attention.capture import regrid
 from ssl_wikichurches.attention.baselines import baseline_maps, center_maps, center_widths, derangement, edge_maps, mask_maps, other_maps, prior_maps, random_maps, uniform_maps
 from ssl_wikichurches.data.churches import box_mask
 from ssl_wikichurches.attention.saliency_metrics import (EPS, area_matched_iou, average_precision, average_precision_chance, best_box, best_iou_chance, box_masks, box_scores,
-    correlation, dilate, emd, information_gain, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc,
+    correlation, dilate, emd, hits_by_box, information_gain, kinds_of, kl_divergence, loo_prior, mass_iou, n_holding, nss, pointing_game, rank_accuracy, shuffled_auroc,
     shuffled_auroc_ceiling, similarity, soft_target)
 from ssl_wikichurches.attention.metrics import find_places, iou_chance, iou_of_top, rank_pixels, shares
 
@@ -85,7 +85,7 @@ def test_emd_against_two_other_solvers(seed, g):
     found = emd(T(p).reshape(g,g), T(t).reshape(g,g)).item()
     close(found, by_program(p, t, cost), 1e-7)
     if g<=3: close(found, wasserstein_distance_nd(at, at, p, t), 1e-7)
-    close(found, emd(T(t).reshape(g,g), T(p).reshape(g,g)).item(), 1e-9)
+    close(found, emd(T(t).reshape(g,g), T(p).reshape(g,g)).item(), 1e-9); close(found, emd(T(p).reshape(g,g)*3, T(t).reshape(g,g), T(p)).item(), 1e-12)
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0,9), min_size=6, max_size=6))
@@ -108,6 +108,22 @@ def test_box_by_box(seed, b, s, ties):
         found = [[(kept&m).sum()/m.sum(), (kept&m).sum()/k, jaccard_score(m, kept), heat.ravel()[m].sum()/heat.sum()] for m in masks.flatten(1).numpy()]
         for of,want in zip(('recall','precision','iou','coverage'), zip(*found)):
             close(box_scores(T(heat), masks, of, q), want); close(best_box(T(heat), masks, of, q), max(want))
+
+@many
+@given(st.integers(0,10**6), st.integers(1,20), st.integers(2,7), st.sampled_from([.1,.5,.9]))
+def test_kinds_of_pixels_against_a_loop(seed, b, s, share):
+    "Also of many boxes, of masks that are no boxes, and where no pixel lies outside."
+    g = np.random.default_rng(seed); masks = g.random((b,s,s))<share; masks[:,0,0] = True; flat = masks.reshape(b, -1)
+    of = {}
+    for i in range(s*s): of.setdefault(tuple(flat[:,i]), []).append(i)
+    kinds,found = [*sorted(of)],kinds_of(T(masks))
+    assert [tuple(r) for r in found.boxes.tolist()]==kinds and found.sizes.tolist()==[len(of[k]) for k in kinds] and all(found.of[i]==j for j,k in enumerate(kinds) for i in of[k])
+    assert found.by_box(found.sizes).tolist()==flat.sum(1).tolist()
+    heat = g.integers(0, 5, (3,s,s)); k = s*s//2; ranking = rank_pixels(T(heat).float())
+    assert hits_by_box(ranking, T(masks), k).tolist()==[[(top(h, k)&m).sum() for m in flat] for h in heat]
+    drawn = np.random.default_rng(3).multivariate_hypergeometric([len(of[i]) for i in kinds], k:=round(s*s*.3), size=50, method='marginals')
+    want = np.mean([max(h/(k+m.sum()-h) for m,h in zip(flat, sum(n*np.array(i) for n,i in zip(row, kinds)))) for row in drawn])
+    close(best_iou_chance(T(masks), 70, draws=50, seed=3), want, 1e-12)
 
 def test_soft_target_by_hand():
     m = torch.zeros(4,4, dtype=torch.bool); m[0,:3] = m[3,3] = True

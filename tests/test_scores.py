@@ -87,6 +87,22 @@ def test_mirror_images_score_the_same():
     a,b = (ordered(t[~t.metric.isin(ties)&~t.metric.str.match('iou@|recall|best_iou')]) for t in (score_maps(maps, boxes, names, 24), score_maps(maps.flip(-1), mirrored, names, 24)))
     close(a.value, b.value, 1e-3); close(a.ceiling, b.ceiling, 1e-9) # rounding of the interpolation makes or breaks ties at the border
 
+def test_many_images_with_one_map_equal_each_alone(monkeypatch):
+    "Blocks of images, of which some have an even target, some many boxes; and levels by a plain loop."
+    r = torch.Generator().manual_seed(3); corner = torch.randint(0, 16, (20,9,2), generator=r).float(); boxes = [b[:1+i%9] for i,b in enumerate(torch.cat([corner, corner+torch.randint(3, 9, (20,9,2), generator=r)], -1))]
+    boxes[4] = T([[0.,0,24,24]]); maps,names = torch.rand(20,6,6, generator=r)**3,[f'{i:02}' for i in range(20)]; maps[7] = .3; maps[8] = maps[8].round()+.1
+    table = score_maps(maps, boxes, names, 24)
+    for at_once in (1, 3):
+        monkeypatch.setattr('ssl_wikichurches.attention.scores.IMAGES_AT_ONCE', at_once); pd.testing.assert_frame_equal(score_maps(maps, boxes, names, 24), table, check_exact=True)
+    both = table.set_index(KEY).join(pd.concat([score_maps(m[None], [b], [n], 24) for m,b,n in zip(maps, boxes, names)]).set_index(KEY).add_suffix('_alone'), how='inner')
+    assert len(both)==len(table)-2*20 and all((both[k]==both[k+'_alone']).all() for k in ('value','chance','ceiling'))
+    row = table.set_index(['metric','image'])
+    for n,m,b in zip(names, maps, boxes):
+        each = [box_mask(x[None], 24).flatten() for x in b]; mask = box_mask(b, 24); worth = sum(e.double()/e.sum() for e in each)/len(each)
+        close(row.ceiling['recall@90',n], worth.sort(descending=True).values[:58].sum()); close(row.chance['emd',n], emd(torch.ones(6,6), soft_target(mask, 6))); close(row.ceiling['kl',n], kl_divergence(soft_target(mask, 6), soft_target(mask, 6)))
+        heat = upsample(m, 24).flatten(); close(row.value['best_coverage',n], max(heat.double()[e].sum()/heat.double().sum() for e in each))
+        assert [iou_chance(int(mask.sum()), 576, q) for q in (50,90)]==[row.chance[f'iou@{q}',n] for q in (50,90)]
+
 def test_only_what_is_asked():
     maps,boxes,names = some(); whole = ordered(score_maps(maps, boxes, names, 24))
     for only in (['iou@90'], ['iou'], ['emd','auroc'], ['mass_iou'], ['shuffled_auroc'], ['best_coverage','recall@90'], *([k] for k in whole.metric.unique())):

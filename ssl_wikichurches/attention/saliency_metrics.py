@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['EPS', 'PRIOR_EPS', 'rank_accuracy', 'area_matched_iou', 'n_holding', 'mass_iou', 'average_precision',
-           'average_precision_chance', 'dilate', 'pointing_game', 'nss', 'soft_target', 'mix_even', 'kl_divergence',
-           'similarity', 'correlation', 'emd', 'loo_prior', 'densities_of_others', 'shuffled_auroc',
-           'shuffled_auroc_ceiling', 'information_gain', 'box_masks', 'hits_by_box', 'box_scores', 'best_box',
-           'best_iou_chance']
+           'average_precision_chance', 'dilate', 'peaks_of', 'pointing_game', 'mean_and_sd', 'nss', 'soft_target',
+           'mix_even', 'kl_divergence', 'similarity', 'correlation', 'emd', 'loo_prior', 'densities_of_others',
+           'shuffled_auroc', 'shuffled_auroc_ceiling', 'information_gain', 'box_masks', 'Kinds', 'kinds_of',
+           'hits_by_box', 'box_scores', 'best_box', 'best_iou_chance']
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #6a1242c4
 from functools import cache
+from typing import NamedTuple
 import numpy as np, torch
 from .capture import regrid
 from ..data.churches import masks_by_box
-from ssl_wikichurches.attention.metrics import (Places, Ranking, check_maps, coverage, inside, iou_of_top, n_kept, places_in,
-    rank_pixels, shares)
+from .metrics import (Places, Ranking, along, check_maps, coverage, inside, iou_of_top, n_kept, places_in,
+    places_of, quick, range_of, rank_pixels, shares, totals)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #b5101fa2
 def rank_accuracy(
@@ -42,14 +43,14 @@ def n_holding(
     maps:torch.Tensor, # (..., h, w), not negative
     mass:float=.6, # share of the attention, in (0, 1]
     ranking:Ranking=None, # of these maps, if it has been made
-    p:torch.Tensor=None, # `shares` of these maps, if they have been made
+    total:torch.Tensor=None, # `totals` of these maps, if they have been made
 )->torch.Tensor: # (...) int64
     "Size of the smallest set of pixels that holds a share of the attention."
     if not 0<mass<=1: raise ValueError(f"mass is {mass}: expected a share in (0, 1]")
     ranking = rank_pixels(maps) if ranking is None else ranking
-    p = shares(maps) if p is None else p
-    held = p.gather(-1, ranking.order).cumsum(-1)
-    return torch.searchsorted(held, torch.full_like(held[...,:1], mass-1e-9))[...,0]+1
+    total = totals(maps) if total is None else total
+    held = ranking.values.cumsum(-1, dtype=torch.double)
+    return torch.searchsorted(held, (mass-1e-9)*total)[...,0]+1
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #2e051fb2
 def mass_iou(
@@ -97,36 +98,54 @@ def dilate(
     return torch.from_numpy(np.stack([distance_transform_edt(~m)<=radius for m in flat])).reshape(mask.shape).to(mask.device)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #d5c170b1
+def peaks_of(
+    maps:torch.Tensor, # (..., h, w)
+)->tuple: # of all largest values of all maps: number of the map, and of the pixel, int64
+    "Where each map is largest."
+    flat = maps.detach().reshape(-1, maps.shape[-2]*maps.shape[-1])
+    at = places_of(torch.as_tensor(quick(flat)==quick(flat.amax(-1, keepdim=True))).flatten())
+    return at//flat.shape[-1],at%flat.shape[-1]
+
 def pointing_game(
     maps:torch.Tensor, # (..., h, w)
     mask:torch.Tensor, # (h, w) bool
     tolerance:float=0, # pixels around the mask that count as hits
+    peaks:tuple=None, # of these maps, if they have been found
 )->torch.Tensor: # (...) float64 in [0, 1]; chance: share of the dilated mask
     "Whether the maximum lies in the boxes (Zhang et al., 2016); the share of maxima that do, if there are several."
-    check_maps(maps, mask)
-    peak = maps==maps.amax((-2,-1), keepdim=True)
-    near = dilate(mask, tolerance) if tolerance else mask
-    return (peak&near).count_nonzero((-2,-1)).double()/peak.count_nonzero((-2,-1))
+    if peaks is None: check_maps(maps, mask)
+    which,at = peaks_of(maps) if peaks is None else peaks
+    near,n = dilate(mask, tolerance) if tolerance else mask,maps[...,0,0].numel()
+    hits = torch.bincount(which, near.flatten().index_select(0, at).double(), minlength=n)
+    return (hits/torch.bincount(which, minlength=n)).view(maps.shape[:-2])
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #ddfddab8
-def _centered(some, flat):
-    "Some values minus the mean of all, over the standard deviation of all; zero where all are equal."
-    off = flat.double()
-    mean = off.mean(-1, keepdim=True)
-    sd = (off-mean).square_().mean(-1, keepdim=True).sqrt()
-    level = (flat.amax(-1, keepdim=True)==flat.amin(-1, keepdim=True))|(sd==0)
-    return ((some.double()-mean)/sd.masked_fill(level, 1)).masked_fill_(level, 0)
+def mean_and_sd(
+    flat:torch.Tensor, # (..., n)
+)->tuple: # (..., 1) and (..., 1) float64
+    "Mean and standard deviation of each map; infinite where all values are equal, so that every z-score is zero."
+    mean = flat.mean(-1, keepdim=True, dtype=torch.double)
+    sd = torch.linalg.vector_norm(flat-mean, dim=-1, keepdim=True)/flat.shape[-1]**.5
+    return mean,torch.where((sd>0)&(flat.amax(-1, keepdim=True)>flat.amin(-1, keepdim=True)), sd, np.inf)
 
 def nss(
     maps:torch.Tensor, # (..., h, w)
     mask:torch.Tensor, # (h, w) bool
+    scale:tuple=None, # `mean_and_sd` of these maps, if they have been made
+    some:torch.Tensor=None, # (..., P) their values in the mask, if they have been found
 )->torch.Tensor: # (...) float64; chance 0, ceiling sqrt((1-g)/g)
     "Mean z-score inside the boxes: normalized scanpath saliency (Peters et al., 2005)."
-    check_maps(maps, mask)
-    flat = maps.flatten(-2)
-    return _centered(inside(flat, mask), flat).mean(-1)
+    if scale is None or some is None: check_maps(maps, mask)
+    mean,sd = mean_and_sd(maps.flatten(-2)) if scale is None else scale
+    return (((inside(maps.flatten(-2), mask) if some is None else some)-mean)/sd).mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #caf8a466
+def _pooled(masks, grid, s):
+    "How many pixels each patch of s by s holds."
+    if masks.device.type!='cpu': return masks.unflatten(-1, (grid,s)).sum(-1).unflatten(-2, (grid,s)).sum(-2)
+    rows = masks.numpy().view(np.uint8).reshape(*masks.shape[:-2], grid, s, -1).sum(-2, dtype=np.int32) # of bytes and in 32 bits: a fourth of the time
+    return torch.from_numpy(rows.reshape(*masks.shape[:-2], grid, grid, s).sum(-1))
+
 def soft_target(
     masks:torch.Tensor, # (..., s, s) bool, not empty: the union of the boxes
     grid:int, # side, in patches
@@ -136,7 +155,7 @@ def soft_target(
     area,s = masks.count_nonzero((-2,-1))[...,None,None],masks.shape[-1]//grid
     if (area==0).any(): raise ValueError("a mask is empty: an image without a box in view has no target, so leave it out")
     whole = masks.shape[-2]==masks.shape[-1]==s*grid # patches hold whole pixels, which can be counted
-    held = masks.unflatten(-1, (grid,s)).sum(-1).unflatten(-2, (grid,s)).sum(-2) if whole else regrid(masks.double(), grid)
+    held = _pooled(masks, grid, s) if whole else regrid(masks.double(), grid)
     return held.double()/area
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #b1cc115e
@@ -157,7 +176,7 @@ def _target(maps, target):
     if maps.shape[-2:]!=target.shape[-2:]:
         raise ValueError(f"maps are {tuple(maps.shape)}, target is {tuple(target.shape)}: make it with `soft_target(mask, {maps.shape[-1]})`")
     t = target.flatten(-2).double()
-    if (t<0).any() or ((t.sum(-1)-1).abs()>1e-6).any(): raise ValueError("the target is no distribution: make it with `soft_target`")
+    if t.amin()<0 or (t.sum(-1)-1).abs().amax()>1e-6: raise ValueError("the target is no distribution: make it with `soft_target`")
     return t
 
 def kl_divergence(
@@ -185,11 +204,11 @@ def correlation(
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`, not constant
 )->torch.Tensor: # (...) float64 in [-1, 1]; a constant map has 0
     "Pearson's correlation of a map and the target (Bylinskii et al., 2019)."
-    if not torch.isfinite(maps).all(): raise ValueError("maps hold values that are not finite")
+    range_of(maps) # which refuses what is not finite
     t,flat = _target(maps, target),maps.flatten(-2)
-    z = _centered(t, t)
-    if (z==0).all(-1).any(): raise ValueError("the target is the same everywhere: nothing can correlate with it")
-    return (_centered(flat, flat)*z).mean(-1)
+    (center,width),(mean,sd) = mean_and_sd(t),mean_and_sd(flat)
+    if width.isinf().any(): raise ValueError("the target is the same everywhere: nothing can correlate with it")
+    return ((flat.double()-mean)/sd*((t-center)/width)).mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #56a46a8e
 @cache
@@ -199,21 +218,21 @@ def _distances(h, w):
     return np.hypot((y[:,None]-y)/h, (x[:,None]-x)/w)
 
 def _transport(p, t, cost):
-    import ot
-    stays = np.minimum(p, t)
-    i,j = np.flatnonzero(p>stays),np.flatnonzero(t>stays)
+    from ot.lp.emd_wrap import check_result, emd_c
+    i,j = np.flatnonzero(p>t),np.flatnonzero(t>p)
     if not (len(i) and len(j)): return 0.
-    p,t = (p-stays)[i],(t-stays)[j]
-    value,log = ot.emd2(p/p.sum(), t/t.sum(), cost[i[:,None],j], numItermax=1_000_000, log=True, center_dual=False)
-    if log['warning']: raise RuntimeError(f"no optimal transport was found: {log['warning']}")
-    return float(value)*p.sum()
+    gone,come = p[i]-t[i],t[j]-p[j]
+    _,value,_,_,code = emd_c(gone, come*(gone.sum()/come.sum()), cost.take(i[:,None]*len(t)+j), 1_000_000, 1)
+    if message := check_result(code): raise RuntimeError(f"no optimal transport was found: {message}")
+    return float(value)
 
 def emd(
     maps:torch.Tensor, # (..., g, g), not negative
     target:torch.Tensor, # (g, g) or broadcastable to maps, of `soft_target`
+    p:torch.Tensor=None, # `shares` of these maps, if they have been made
 )->torch.Tensor: # (...) float64 in [0, sqrt(2)], in sides of the image; lower is better
     "Earth mover's distance of order 1 (Rubner et al., 2000), exact (POT; Flamary et al., 2021)."
-    p = shares(maps)
+    p = shares(maps) if p is None else p
     t = _target(maps, target).expand(p.shape).reshape(-1, p.shape[-1]).cpu().numpy()
     cost = _distances(*maps.shape[-2:])
     values = [_transport(a, b, cost) for a,b in zip(p.reshape(t.shape).cpu().numpy(), t)]
@@ -245,7 +264,7 @@ def densities_of_others(
     groups:list=None, # n churches, as for `loo_prior`
 ): # function of the number of an image: (h, w) float64, as `loo_prior(masks, groups, eps=0)` has it
     "Where a box of a random other image is, one image at a time."
-    groups,at = range(len(masks)) if groups is None else groups,[np.flatnonzero(m) for m in masks]
+    groups,at,shape = range(len(masks)) if groups is None else groups,[np.flatnonzero(m) for m in masks],masks[0].shape
     own,total = {},np.zeros(masks[0].numel())
     for i,(group,a) in enumerate(zip(groups, at)):
         own.setdefault(group, []).append(i)
@@ -253,8 +272,9 @@ def densities_of_others(
     def others(i):
         left = total.copy()
         for j in own[groups[i]]: left[at[j]] -= 1/len(at[j])
-        left[left<.5/len(left)] = 0 # one mask adds at least 1/len(left): what is less is rounding
-        return torch.from_numpy(left).view(masks[0].shape)/(len(masks)-len(own[groups[i]]))
+        for j in own[groups[i]]: left[at[j]] *= left[at[j]]>.5/len(left) # one mask adds at least 1/len(left): what is less is rounding
+        left /= len(at)-len(own[groups[i]])
+        return torch.from_numpy(left).view(shape)
     return others
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #931e78ff
@@ -267,21 +287,25 @@ def shuffled_auroc(
     "Probability that a pixel in the boxes outranks one in another image's boxes (Tatler et al., 2005), ties one half."
     if others.shape!=maps.shape[-2:]:
         raise ValueError(f"maps are {tuple(maps.shape)}, others are {tuple(others.shape)}: expected one frame")
-    if others.min()<0 or not others.max()>0:
+    low,high = torch.aminmax(others)
+    if low<0 or not high>0:
         raise ValueError("others are negative, or zero everywhere: make them with `loo_prior(masks, eps=0)`")
     p = places_in(maps, mask, places)
     w = others.flatten().double().index_select(0, p.ranking.order.flatten()).view(p.ranking.order.shape)
     above = w.cumsum(-1)
-    lost = (above.gather(-1, p.last)+above.gather(-1, p.first)-w.gather(-1, p.first))/2/above[...,-1:]
+    lost = (along(above, p.last)+along(above, p.first)-along(w, p.first))/2/above[...,-1:]
     return 1-lost.mean(-1)
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #29f81aa7
 def shuffled_auroc_ceiling(
     mask:torch.Tensor, # (h, w) bool
     others:torch.Tensor, # (h, w) not negative
+    within:torch.Tensor=None, # of these, in the mask, if they have been found
 )->float: # in [1/2, 1]
     "Shuffled AUROC of the best possible order, that of the likelihood ratio (Neyman & Pearson, 1933)."
-    w = np.sort(inside(others.flatten(), mask).double().cpu().numpy()) # the rarest among the others come first; what is outside comes last
+    w = (inside(others.flatten(), mask) if within is None else within).double().cpu()
+    w = w.index_select(0, rank_pixels(-w.float()[None]).order).numpy() # in order by single precision,
+    w.sort(kind='stable') # then all the way: the rarest among the others come first; what is outside comes last
     return 1-float((w.cumsum()-w/2).mean()/others.double().sum())
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #c9845353
@@ -309,15 +333,58 @@ def box_masks(
     masks = masks_by_box(boxes, size)
     return torch.from_numpy(masks[masks.any((1,2))])
 
+# %% ../../nbs/02d_saliency_metrics.ipynb #efa81096
+class Kinds(NamedTuple):
+    "Pixels that lie in the same boxes are of one kind."
+    of:np.ndarray # (n) kind of each pixel
+    sizes:np.ndarray # (K) pixels of each kind
+    boxes:np.ndarray # (K, b) bool, the boxes in which a kind lies
+
+    def sums(self,
+        pixels:np.ndarray, # (k) numbers of some pixels
+        weights:np.ndarray=None, # (k); None: they are counted
+    )->np.ndarray: # (K)
+        "Sums over the pixels of each kind."
+        return np.bincount(self.of.take(pixels), weights, len(self.sizes))
+
+    def by_box(self,
+        sums:np.ndarray, # (..., K) over the pixels of each kind
+    )->np.ndarray: # (..., b)
+        "Sums over the pixels of each box."
+        return (sums[...,None]*self.boxes).sum(-2)
+
+def kinds_of(
+    masks:torch.Tensor, # (b, h, w) bool
+    at:torch.Tensor=None, # pixels in any of them, if they have been found
+)->Kinds: # in the order of the boxes in which they lie, written as digits: pixels in no box come first
+    "Sort the pixels by the boxes in which they lie."
+    rows = masks.flatten(1).cpu().numpy()
+    n,at = rows.shape[1],np.flatnonzero(rows.any(0)) if at is None else at.cpu().numpy()
+    kind,boxes = np.zeros(len(at), int),np.zeros((1,0), bool)
+    for first in range(0, len(rows), 8):
+        digits,some = np.zeros(len(at), np.uint8),rows[first:first+8]
+        for row in some: digits = digits<<1|row.take(at)
+        code = kind<<8|digits
+        sizes = np.bincount(code)
+        seen = np.flatnonzero(sizes)
+        sizes,kind = sizes[seen],(np.cumsum(sizes>0)-1).take(code)
+        boxes = np.concatenate([boxes[seen>>8], seen[:,None]>>np.arange(len(some))[::-1]&1==1], 1)
+    if outside := n-len(at): sizes,boxes,kind = np.append(outside, sizes),np.concatenate([boxes[:1]&False, boxes]),kind+1
+    of = np.zeros(n, np.min_scalar_type(len(sizes)))
+    of[at] = kind
+    return Kinds(of, sizes, boxes)
+
 # %% ../../nbs/02d_saliency_metrics.ipynb #7195e9ae
 def hits_by_box(
     ranking:Ranking,
     masks:torch.Tensor, # (b, h, w) bool
     k:int, # pixels that are kept
+    kinds:Kinds=None, # of these masks, if they have been found
 )->torch.Tensor: # (..., b) float64
     "How many of the top `k` pixels lie in each box."
-    top = ranking.order[...,:k]
-    return torch.stack([m.index_select(0, top.flatten()).view(top.shape).count_nonzero(-1) for m in masks.flatten(1)], dim=-1).double()
+    kinds,top = kinds_of(masks) if kinds is None else kinds,ranking.order[...,:k]
+    hits = kinds.by_box(np.stack([kinds.sums(t) for t in top.reshape(-1, k).cpu().numpy()]))
+    return torch.from_numpy(hits).double().to(top.device).view(*top.shape[:-1], -1)
 
 def box_scores(
     maps:torch.Tensor, # (..., h, w)
@@ -357,15 +424,11 @@ def best_iou_chance(
     q:float=90, # percentile
     draws:int=1000, # simulated maps
     seed:int=0,
+    kinds:Kinds=None, # of these masks, if they have been found
 )->float: # in [0, 1]
     "Expected IoU with the best box, of pixels drawn at random."
-    m = masks.flatten(1).cpu().numpy()
-    lies = np.packbits(m[:,np.flatnonzero(m.any(0))], axis=0) # in which boxes a pixel lies
-    lies = lies[:,np.lexsort(lies[::-1])]
-    begins = np.flatnonzero(np.r_[True,(lies[:,1:]!=lies[:,:-1]).any(0)]) # of runs of pixels of one kind
-    counts,kinds = np.diff(np.r_[begins,lies.shape[1]]),np.unpackbits(lies[:,begins], axis=0, count=len(m)).astype(int)
-    if outside := m.shape[1]-lies.shape[1]: counts,kinds = np.r_[outside,counts],np.c_[0*kinds[:,:1],kinds]
-    k = n_kept(m.shape[1], q)
-    drawn = np.random.default_rng(seed).multivariate_hypergeometric(counts, k, size=draws, method='marginals')
-    hits = drawn@kinds.T
-    return float((hits/(k+kinds@counts-hits)).max(1).mean())
+    kinds = kinds_of(masks) if kinds is None else kinds
+    k = n_kept(len(kinds.of), q)
+    drawn = np.random.default_rng(seed).multivariate_hypergeometric(kinds.sizes, k, size=draws, method='marginals')
+    hits = kinds.boxes.T.astype(float)@drawn.T
+    return float((hits/(k+kinds.by_box(kinds.sizes)[:,None]-hits)).max(0).mean())
