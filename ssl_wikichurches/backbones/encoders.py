@@ -56,10 +56,13 @@ def _build_transformers(config):
 # %% ../../nbs/01_backbones.ipynb #da2beae1
 _TRAINED_TOKEN = re.compile('dinov3') # architectures that average their patches, beside a class token that was trained
 
+def _stem(model): # what cuts the patches
+    return getattr(model, 'patch_embed', getattr(model, 'embeds', None))
+
 def _pooling(model, architecture):
     "What timm calls the pooling that a model is read by: 'token', 'map' or 'avg'. Raises where it has none of them."
-    how,token = getattr(model, 'global_pool', 'token'),getattr(model, 'cls_token', None) is not None
-    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size') and hasattr(model, 'num_prefix_tokens')
+    how,token = getattr(model, 'global_pool', 'token'),any(getattr(m, 'cls_token', None) is not None for m in (model, _stem(model)))
+    plain = getattr(model, 'blocks', None) and hasattr(_stem(model), 'patch_size') and hasattr(model, 'num_prefix_tokens')
     if plain and token and _TRAINED_TOKEN.search(architecture) and how!='map': return 'token'
     if plain and (how in ('map','avg') or token and how=='token'): return how
     lacks = f"it pools by {how!r} in timm's words" if plain else 'it has no row of patches that goes through one block after the other'
@@ -151,13 +154,14 @@ class TimmReader:
     def native(self, model, spec): return spec.size
     def resize(self, model, architecture, size):
         "Changes the positions of the model; returns its new architecture."
+        if not hasattr(model, 'set_input_size'): return architecture # positions are interpolated in every call
         model.set_input_size(img_size=(size,size))
         return dict(architecture, options=dict(architecture['options'], img_size=size))
 
     def latents(self, model): return slice(1) if getattr(model.attn_pool, 'pool', 'token')=='token' else slice(None)
     def inputs(self, x, grid, resized): return dict(x=x)
     def feature(self, out, spec): return out
-    def patches(self, model, inputs, n_prefix): return model.forward_features(**inputs)[:,n_prefix:]
+    def patches(self, model, inputs, n_prefix): return model.forward_features(inputs['x'])[:,n_prefix:]
     def blocks(self, model, inputs, n_prefix):
         return model.forward_intermediates(**inputs, norm=False, output_fmt='NLC', intermediates_only=True)
 
@@ -476,7 +480,8 @@ def load_timm(
                          "averages, or `global_pool` 'avg' among the `model_args` of a config.json beside it")
     _fill(model, state, source)
     stats = {k: tuple((cfg or {}).get(k) or model.pretrained_cfg[k]) for k in ('mean', 'std')}
-    size,patch = (one_side(getattr(model.patch_embed, f'{k}_size'), source, of) for k,of in (('img','images'),('patch','patches')))
+    stem,asked = _stem(model),(options or {}).get('img_size') or model.pretrained_cfg['input_size'][1:]
+    size,patch = one_side(getattr(stem, 'img_size', asked), source, 'images'),one_side(stem.patch_size, source, 'patches')
     spec = BackboneSpec(name or architecture, source, 'timm', size, patch, model.num_prefix_tokens,
                         pooling=dict(map='head', avg='mean').get(getattr(model, 'global_pool', 'token'), 'class'), **stats)
     return Backbone(spec, model, dict(library='timm', architecture=architecture, options=options or {}))
