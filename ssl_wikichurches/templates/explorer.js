@@ -397,12 +397,13 @@ class Explorer {
     const found = this.study.curves.find(c => c.model===model && c.tier===tier); if (!found) return null
     const {looks, sentence} = found, width = 300, height = 90, edge = 8, first = looks[1]?.[0], last = looks.at(-1)[0] || 1, log = last>20*first
     const far = log ? e => e<=first ? .4*e/first : .4+Math.log10(e/first) : e => e // as in the figure of the report
-    const shifts = looks.flatMap(([, s, a, b]) => [s, a ?? s, b ?? s]), low = Math.min(0, ...shifts), high = Math.max(0, ...shifts)
+    const least = Math.min(...looks.map(l => l[1])), most = Math.max(...looks.map(l => l[1])), room = most-least // an interval may leave the picture
+    const low = Math.max(least-room, Math.min(least, ...looks.map(l => l[2] ?? least))), high = Math.min(most+room, Math.max(most, ...looks.map(l => l[3] ?? most)))
     const x = e => edge+(width-2*edge)*far(e)/far(last), up = share => height-edge-(height-2*edge)*share, y = s => up((s-low)/(high-low || 1))
     const line = points => 'M'+points.map(p => p.join(' ')).join('L'), sure = looks.filter(([, , a, b]) => a!==null && b!==null)
     const band = [...sure.map(([e, , a]) => [x(e), y(a)]), ...sure.map(([e, , , b]) => [x(e), y(b)]).reverse()]
     const said = looks.map(([e, s, a, b, v]) => `epoch ${+e.toFixed(2)}: shift ${signed(s)}${a===null ? '' : ` (95 %: ${signed(a)} to ${signed(b)})`}, balanced accuracy ${plain(v ?? undefined, 3)}`)
-    const legend = `Shift of IoU at percentile ${this.study.q} while it trained, from ${signed(low)} to ${signed(high)} (line, with its 95 % interval), and balanced accuracy on validation from 0 to 1 (dashed), against the epoch, from 0 to ${+last.toFixed(2)}${log ? ', on a scale of logarithms' : ''}.`
+    const legend = `Shift of IoU at percentile ${this.study.q} while it trained (line, with its 95 % interval; from ${signed(low)} to ${signed(high)}) and balanced accuracy on validation (dashed; from 0 to 1) against the epoch (0 to ${+last.toFixed(2)}${log ? ', on a scale of logarithms' : ''}).`
     const svg = h('svg', {viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': `${legend} ${said.join('; ')}`, style: `color:${this.study.models[model].color}`},
       h('path', {d: line([[x(0), y(0)], [x(last), y(0)]]), class: 'wc-zero'}), sure.length ? h('path', {d: line(band)+'Z', class: 'wc-band'}) : null,
       h('path', {d: line(looks.map(([e, , , , v]) => [x(e), up(v)])), class: 'wc-learned'}), h('path', {d: line(looks.map(([e, s]) => [x(e), y(s)])), class: 'wc-moved'}),
