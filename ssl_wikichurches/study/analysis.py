@@ -144,7 +144,7 @@ WHEN = (
     About('when', 'The shift at every look at a training', 'the metric; val_balanced_accuracy in [0, 1]', BOTH+', each look by itself',
           'sign flips of churches, seeds taken as given; p_start and p_end are against the first and the last look, corrected over the looks of a model and tier by the largest |t|',
           'The last block, mean over heads. train_loss is the mean over the steps of the epoch so far. The last look is the result of the run, unless its recipe chooses the best epoch.'),
-    About('turns', 'When attention moves, beside when the task is learned', 'the metric; epochs', 'of the lag: churches and seeds resampled, 95 % (too narrow with two seeds); that few photographs validate is not in it', '',
+    About('turns', 'When attention moves, beside when the task is learned', 'the metric; epochs', 'of the lag: churches and seeds resampled, 95 % (too narrow with few seeds); that few photographs validate is not in it', '',
           'learns: accuracy rises from the first to the last look by more than two standard errors. half_learned and half_moved: epoch at which half of the largest gain is first reached; order: with, where the interval of the lag has 0, or both are half way between the same two looks. '
           'beyond_end: how much further a look that half of the churches chose had moved than the end, by the other half; maximum: p_maximum, the smallest p_end of a look that is higher, is below .05. '
           'at_best: the shift where validation is best. against: the shift furthest on the other side, p_against its p_start. cost: looks as a share of the seconds of a run.'))
