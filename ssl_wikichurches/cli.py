@@ -516,7 +516,7 @@ def _world_of(study):
 
 @call_parse
 def wikichurches_calibrate(
-    files:Param('TOML files of studies of drawn worlds', str, nargs='+'),
+    files:Param('TOML files of studies of drawn worlds; or one folder that results wrote: its table is printed, and nothing is run', str, nargs='+'),
     models:str=None, # instead of those of the files, with commas
     tiers:str=None, # instead of those of the files, with commas
     seeds:str=None, # instead of those of the files, with commas
@@ -527,8 +527,9 @@ def wikichurches_calibrate(
 ):
     "Run studies whose truth is known, and set it beside the verdicts."
     with plain_errors('wikichurches_calibrate', debug):
-        studies = {_world_of(s):s for s in (compose_study(f, models=models, tiers=tiers, seeds=seeds) for f in files)}
-        from ssl_wikichurches.study.calibration import calibrate, readable_calibration, save_calibration
-        opened = calibrate(studies, runs, workers)
-        table = save_calibration(opened, results)
+        kept = len(files)==1 and Path(files[0]).is_dir()
+        if kept and (models or tiers or seeds or results): raise ValueError("a folder of results is printed as it is: leave out models, tiers, seeds and results")
+        studies = {} if kept else {_world_of(s):s for s in (compose_study(f, models=models, tiers=tiers, seeds=seeds) for f in files)}
+        from ssl_wikichurches.study.calibration import calibrate, read_calibration, readable_calibration, save_calibration
+        table = read_calibration(files[0]) if kept else save_calibration(calibrate(studies, runs, workers), results)
         print(readable_calibration(table).to_string(index=False))

@@ -51,19 +51,19 @@ def quarter():
     churches = load_churches('synthetic'); split = make_split(churches)
     return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
 
-@pytest.fixture(scope='session')
-def data():
-    "A quarter of the default photographs to train on."
-    return quarter()
+@pytest.fixture(scope='module')
+def data(request):
+    "A quarter of the default photographs to train on, of the size that a file names as `SIDE`."
+    return replace(quarter(), size=getattr(request.module, 'SIDE', 96))
 
-@pytest.fixture(scope='session')
-def two_dozen():
+@pytest.fixture(scope='module')
+def two_dozen(data):
     "At most seven of these photographs of each style, for what is trained often; a file may take them for its `data`."
-    data = quarter(); y = data.labels[list(data.split.train)]
+    y = data.labels[list(data.split.train)]
     return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(7).index), val=data.split.val[::3]))
 
-@pytest.fixture(scope='session')
-def images(): return next(iter(quarter().loader('eval', 4)))[0]
+@pytest.fixture(scope='module')
+def images(data): return next(iter(data.loader('eval', 4)))[0]
 
 @pytest.fixture(scope='session')
 def real():

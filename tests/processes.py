@@ -1,5 +1,5 @@
 "Processes that a test starts, and what becomes of those that they start."
-import subprocess, time
+import os, signal, subprocess, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,13 @@ def broken():
     "What a process may be asked to do, without anything to import for it."
     raise OSError('no such thing')
 
+def die_once(marker):
+    "Kill the process that computes, the first time; its number, the second."
+    if not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
 def wait_until(happened, most=1800):
     "Until something has happened. The bound only ends a test that would hang: it is far above what any machine needs."
     stop = time.monotonic()+most
@@ -36,8 +43,8 @@ def wait_until(happened, most=1800):
 def as_a_worker(workers):
     "As many threads as a worker has in a pool of so many: training then gives the same bits as there."
     import torch
-    from ssl_wikichurches.data.files import available_cores
+    from ssl_wikichurches.data.files import thread_share
     n = torch.get_num_threads()
-    torch.set_num_threads(max(1, available_cores()//workers))
+    torch.set_num_threads(thread_share(workers))
     try: yield
     finally: torch.set_num_threads(n)

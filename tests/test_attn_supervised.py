@@ -5,12 +5,13 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from timm_models import timm_model
+from small import SIDE, load_backbone
 from ssl_wikichurches.finetune import attn_supervised
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.attention.capture import capture_attention, pooled_maps
 from ssl_wikichurches.finetune.attn_supervised import (BOXES, LOSSES, AttentionTerm, AttnSupervisedRecipe, EndlessOrder, attention_loss, box_donors, annotated_batches, check_crossfit, crossfit_folds,
                                               crossfit_parts, fit_attn_supervised, prior_mask, pull_loss, same_owner, stay_loss, supervised_maps, union_masks, weight_at)
-from ssl_wikichurches.backbones.encoders import attention_projections, load_backbone
+from ssl_wikichurches.backbones.encoders import attention_projections
 from ssl_wikichurches.data.churches import ChurchDataset, eval_transform
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.finetune.training import TrainData, make_recipe
@@ -229,7 +230,7 @@ def test_boxes_of_a_batch_are_where_the_pixels_are(data, monkeypatch):
     monkeypatch.setattr('ssl_wikichurches.data.churches._load', painted)
     monkeypatch.setattr('torchvision.transforms.v2.ColorJitter.transform', lambda self, x, params: x)
     images,boxes = next(iter(annotated_batches(data, names, 12, seed=1)))
-    masks = union_masks(boxes, 96)
+    masks = union_masks(boxes, SIDE)
     white = images.mean(1)>.5
     iou = (masks&white).flatten(1).sum(1)/(masks|white).flatten(1).sum(1)
     wrong = (masks.flip(-1)&white).flatten(1).sum(1)/(masks.flip(-1)|white).flatten(1).sum(1)
@@ -399,12 +400,12 @@ def test_training_pulls_and_can_be_restored(two_dozen, name, more):
     recipe = AttnSupervisedRecipe(epochs=3, batch=20, lr=1e-3, backbone_lr=5e-4, weight=2., ratio=.4, folds=2, **more)
     start = load_backbone(name)
     names = crossfit_parts(data, recipe)[0]
-    items = ChurchDataset(data.churches, names, eval_transform(96))
+    items = ChurchDataset(data.churches, names, eval_transform(SIDE))
     x,boxes = torch.stack([i['image'] for i in items]),[i['boxes'] for i in items]
     blocks = [int(t) for t in recipe.blocks.split(',')]
-    before = boxes_loss(pooled_maps(start, x)[:,blocks], boxes, 96, recipe.kind, recipe.per_head).item()
+    before = boxes_loss(pooled_maps(start, x)[:,blocks], boxes, SIDE, recipe.kind, recipe.per_head).item()
     f = fit_attn_supervised(load_backbone(name), data, recipe, 1)
-    after = boxes_loss(pooled_maps(f.backbone, x)[:,blocks], boxes, 96, recipe.kind, recipe.per_head).item()
+    after = boxes_loss(pooled_maps(f.backbone, x)[:,blocks], boxes, SIDE, recipe.kind, recipe.per_head).item()
     assert after<before
     again = restore_full(load_backbone(name), recipe, f.state)
     assert torch.equal(again(x), f.backbone(x))
@@ -447,7 +448,7 @@ def test_held_out_boxes_are_never_read(two_dozen, control):
 def test_a_step_whose_crops_lost_every_box_adds_nothing(data, monkeypatch):
     b,recipe = load_backbone('tiny-clip'),AttnSupervisedRecipe(folds=2, batch=8)
     term = AttentionTerm(b, data, data.split.eval[:9], recipe)
-    monkeypatch.setattr(attn_supervised, 'annotated_batches', lambda *a: [(torch.rand(2, 3, 96, 96), [torch.zeros(0, 4)]*2)])
+    monkeypatch.setattr(attn_supervised, 'annotated_batches', lambda *a: [(torch.rand(2, 3, SIDE, SIDE), [torch.zeros(0, 4)]*2)])
     assert math.isnan(term(None, None, None, 0)['extra_loss']) and all(p.grad is None for p in b.parameters())
 
 def test_weight_rises_and_recipe_round_trips():

@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest, timm, torch
 from torch import nn
 from timm_models import timm_model
+from small import SIDE, load_backbone
 from ssl_wikichurches.backbones import encoders as backbones
 from ssl_wikichurches.attention.capture import artifact_patches, capture_attention, maps_and_prefix, pooled_maps, received_maps
-from ssl_wikichurches.backbones.encoders import TINY, load_backbone, save_backbone
+from ssl_wikichurches.backbones.encoders import TINY, save_backbone
 from ssl_wikichurches.finetune.block_expansion import (BlockExpansionRecipe, added_blocks, added_maps, block_mapping, block_state, branch_ends, collapse, expand, fit_block_expansion,
                                               identity_copy, restore_block_expansion)
 from ssl_wikichurches.data.files import read_tensors, write_tensors
@@ -292,7 +293,7 @@ def test_in_a_study_block_k_is_block_k(name, tmp_path, drawn):
     blocks = lambda m: m.received if name=='tiny-siglip' else m.maps
     assert torch.equal(blocks(before)[:,:2], blocks(after)[:,:2]) and not torch.equal(blocks(before)[:,2:], blocks(after)[:,2:])
     run = json.loads((root/f'{name}-block_expansion-seed0'/'recipe.json').read_text())
-    again = restore_block_expansion(load_backbone(name, size=64), BlockExpansionRecipe(**run['recipe']), read_tensors(root/f'{name}-block_expansion-seed0'/'model.safetensors')[0])
+    again = restore_block_expansion(load_backbone(name), BlockExpansionRecipe(**run['recipe']), read_tensors(root/f'{name}-block_expansion-seed0'/'model.safetensors')[0])
     stored,_ = evaluate_maps(again, TrainData(load_churches(str(drawn)), load_split(root/'split.json'), 64))
     assert torch.equal(stored.maps.float(), after.maps)
 

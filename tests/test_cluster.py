@@ -5,15 +5,15 @@ from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
 import pandas as pd, pytest, torch
-from processes import wait_until
+from processes import die_once, wait_until
 from ssl_wikichurches import cli
 from ssl_wikichurches.backbones.encoders import load_backbone, save_backbone
-from ssl_wikichurches.data.files import LOCK, local_locks, one_writer, write_file, writer_of
+from ssl_wikichurches.data.files import LOCK, local_locks, one_writer, writer_of
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.study.cluster import Placed, SubmititExecutor, dask_executor, open_executor, shares, slurm_executor, slurm_options
 from ssl_wikichurches.study.costs import cpu_joules, gpu_joules
 from ssl_wikichurches.study.folders import error_line, versions, weights_mark
-from ssl_wikichurches.study.plan import Cluster, RunsFailed, Study, load_study, read_study, study_runs
+from ssl_wikichurches.study.plan import Cluster, RunsFailed, Study, load_study, read_study
 from ssl_wikichurches.study.reader import load_run, open_study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.study.status import dry_run_text, exit_status, status_text, study_states
@@ -228,13 +228,6 @@ def test_an_engine_without_a_queue_has_so_many_jobs_at_a_time():
 def test_a_stopped_job_is_put_back_in_line():
     again = Placed(1).checkpoint(abs, -2)
     assert again.function(*again.args)==2
-
-def die_once(marker):
-    "Kill the process that computes, the first time."
-    if not Path(marker).exists():
-        Path(marker).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return os.getpid()
 
 def test_a_dask_worker_that_is_killed_loses_nothing(tmp_path):
     with dask_executor(Cluster(executor='dask', workers=1, cpus=1)) as pool:

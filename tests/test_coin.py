@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from timm_models import timm_model
+from small import SIDE, load_backbone
 from ssl_wikichurches.finetune import training as finetune
-from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune.coin import CoinLoss, CoinRecipe, class_cosines, class_pairs, fit_coin
 from ssl_wikichurches.finetune.core_tuning import STRONG, ContrastiveModel, CoreTuningRecipe, Projector, fit_contrastive, fit_core_tuning, supcon_loss
@@ -18,7 +18,6 @@ from ssl_wikichurches.finetune.full import FullRecipe, fit_full, restore_full
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 NAMES = pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip',*TIMM)) # a class token, a pooling head, and timm's of either kind
 def model(name): return timm_model(name) if name in TIMM else load_backbone(name)
-def sized(data, name): return replace(data, size=64 if name in TIMM else 96)
 @pytest.fixture(scope='module')
 def data(two_dozen): return two_dozen
 
@@ -208,7 +207,7 @@ class Spy(CoinLoss):
 
 @pytest.mark.parametrize('name,epochs,alpha', [('tiny-clip',4,.5), ('tiny-siglip',5,.4), *[(n,3,.35) for n in TIMM]])
 def test_switch_at_the_exact_epoch_and_classifier_untouched_before(data, name, epochs, alpha):
-    some = few(sized(data, name))
+    some = few(data)
     recipe = CoinRecipe(**SHORT|dict(batch=16), epochs=epochs, alpha=alpha, weight_decay=.5)
     f = fit_contrastive(model(name), some, recipe, Spy, 1)
     per,stage_one = len(Spy.seen)//epochs,math.ceil(Fraction(str(alpha))*epochs)
@@ -220,7 +219,6 @@ def test_switch_at_the_exact_epoch_and_classifier_untouched_before(data, name, e
 
 @NAMES
 def test_alpha_one_leaves_the_classifier_as_it_was_made(data, name):
-    data = sized(data, name)
     f = fit_coin(model(name), data, CoinRecipe(**SHORT, epochs=2, alpha=1., weight_decay=.5), 1)
     assert same(f.classifier.state_dict(), fresh(f))
     start = model(name).state_dict()
@@ -228,7 +226,6 @@ def test_alpha_one_leaves_the_classifier_as_it_was_made(data, name):
 
 @NAMES
 def test_without_first_stage_and_contrast_it_is_full_fine_tuning_bit_for_bit(data, name):
-    data = sized(data, name)
     full = fit_full(model(name), data, FullRecipe(**SHORT, epochs=1, drop_path=.1), 3)
     off = fit_coin(model(name), data, CoinRecipe(**SHORT, epochs=1, drop_path=.1, alpha=0., eta=0., per_class=0), 3)
     assert same(full.state, off.state) and same(full.other, off.other)
@@ -241,7 +238,7 @@ def test_without_first_stage_it_is_the_contrastive_term_of_core_tuning_alone(dat
 
 @NAMES
 def test_budget_and_what_is_stored_are_those_of_full_fine_tuning(data, name):
-    data = few(sized(data, name))
+    data = few(data)
     recipe = CoinRecipe(**SHORT, epochs=3, alpha=.3, faithful=name!='tiny-clip')
     f,full = fit_coin(model(name), data, recipe, 1),fit_full(model(name), data, FullRecipe(**SHORT, epochs=3), 1)
     rates = [c for c in full.history if c.startswith('lr_')]
@@ -256,7 +253,6 @@ def test_budget_and_what_is_stored_are_those_of_full_fine_tuning(data, name):
 
 @NAMES
 def test_gap_between_classes_rises_after_stage_one(data, name):
-    data = sized(data, name)
     x,t = (torch.cat(c) for c in zip(*data.loader('train')))
     def gap(b):
         with torch.no_grad(): return class_cosines(b.eval()(x), t)['gap']

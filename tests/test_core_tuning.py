@@ -6,19 +6,18 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from timm_models import timm_model
+from small import SIDE, load_backbone
 from ssl_wikichurches.data.files import read_tensors
 from ssl_wikichurches.finetune import core_tuning
 from ssl_wikichurches.finetune import training as finetune
-from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune.core_tuning import (MIXES, STRONG, ContrastiveModel, CoreTuningLoss, CoreTuningRecipe, MixingDraws, Projector, drawn_weight, fit_core_tuning, hardest_pairs,
-                                          mixed_set, mixing_draws, plain_loss, published_pairs, published_share, same_labels, soft_cross_entropy, supcon_loss)
-from ssl_wikichurches.finetune.training import TrainData, make_recipe, new_classifier, train
+                                          mixed_set, mixing_draws, published_pairs, published_share, same_labels, soft_cross_entropy, supcon_loss)
+from ssl_wikichurches.finetune.training import make_recipe, new_classifier, train
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full, parameter_groups, restore_full
 from ssl_wikichurches.finetune.tiers import tier_method
 
 TIMM = ('vit_base_patch16_dinov3','vit_base_patch16_siglip_224')
 def model(name): return timm_model(name) if name in TIMM else load_backbone(name)
-def sized(data, name): return replace(data, size=64 if name in TIMM else 96)
 
 @pytest.fixture(scope='module')
 def data(two_dozen): return two_dozen
@@ -327,7 +326,6 @@ SHORT = dict(epochs=2, batch=30, lr=1e-3, backbone_lr=1e-4)
 
 @pytest.mark.parametrize('name', ('tiny-clip','tiny-siglip',*TIMM))
 def test_without_its_terms_it_is_full_fine_tuning_bit_for_bit(data, name):
-    data = sized(data, name)
     full = fit_full(model(name), data, FullRecipe(**SHORT, drop_path=.1), 3)
     off = fit_core_tuning(model(name), data, CoreTuningRecipe(**SHORT, drop_path=.1, eta=0., mix='none', per_class=0), 3)
     assert same(full.state, off.state) and same(full.other, off.other)
@@ -343,7 +341,6 @@ def test_without_its_terms_it_is_the_plain_loop_on_the_same_balanced_batches(dat
 
 @pytest.mark.parametrize('name,more', [('tiny-clip',{}), ('tiny-siglip',dict(faithful=True)), ('tiny-dinov3',dict(mix='classes',focal=False)), ('tiny-clip',dict(precision='bfloat16')), *[(n,{}) for n in TIMM]])
 def test_training_is_stored_as_full_fine_tuning_is(data, name, more):
-    data = sized(data, name)
     recipe = CoreTuningRecipe(**SHORT, **more)
     f = fit_core_tuning(model(name), data, recipe, 1)
     full = fit_full(model(name), data, FullRecipe(**SHORT|dict(epochs=1)))

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from torch.utils.data import DataLoader, TensorDataset
+from small import SIDE, load_backbone
 from ssl_wikichurches.study import runs as runs_module
 from ssl_wikichurches.finetune import training as finetune
-from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.finetune.devices import BatchShares, Team, launch
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import gpu_groups, run_study
@@ -15,7 +15,7 @@ from ssl_wikichurches.attention.maps import load_maps
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
 from ssl_wikichurches.finetune.lora import LoraRecipe, fit_lora
 
-RECIPES = dict(full=FullRecipe(epochs=2, batch=20, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=30, lr=1e-3, dropout=0.))
+RECIPES = dict(full=FullRecipe(epochs=2, batch=8, accumulate=2, clip=1.), lora=LoraRecipe(epochs=1, batch=14, lr=1e-3, dropout=0.)) # four steps an epoch, and two
 FITS = dict(full=fit_full, lora=fit_lora)
 
 def numbers(history): return history.drop(columns='images_per_second')
@@ -43,8 +43,8 @@ def trained_killed_resumed(data, left, folder):
 def stopped(tmp_path_factory): return tmp_path_factory.mktemp('stopped')
 
 @pytest.fixture(scope='module')
-def pair(data, stopped, tmp_path_factory):
-    return launch(2, trained_killed_resumed, data, stopped, tmp_path_factory.mktemp('resumed')),trained(data, ['full','lora'])
+def pair(two_dozen, stopped, tmp_path_factory):
+    return launch(2, trained_killed_resumed, two_dozen, stopped, tmp_path_factory.mktemp('resumed')),trained(two_dozen, ['full','lora'])
 
 @pytest.mark.parametrize('i', [0,1])
 def test_two_processes_train_as_one(pair, i):
@@ -57,9 +57,9 @@ def test_two_processes_train_as_one(pair, i):
     gaps = [(weights[k]-own[k]).abs().max() for k in own]
     assert max(gaps)<.02*max(moved) and max(moved)>1e-5
 
-def test_two_processes_resume_to_the_same_bits(data, stopped, pair):
+def test_two_processes_resume_to_the_same_bits(two_dozen, stopped, pair):
     assert (stopped/'checkpoint.safetensors').is_file()
-    with pytest.raises(ValueError, match='another training'): trained(data, ['full'], stopped) # of one process
+    with pytest.raises(ValueError, match='another training'): trained(two_dozen, ['full'], stopped) # of one process
     whole,_,(history,weights,_) = pair[0]
     assert all(torch.equal(v, whole[1][k]) for k,v in weights.items())
     pd.testing.assert_frame_equal(numbers(history), numbers(whole[0]), check_exact=True)
@@ -113,10 +113,9 @@ def test_every_worker_has_its_own_gpus(monkeypatch):
         places.append(os.environ['CUDA_VISIBLE_DEVICES'])
     assert places==['0,1','2,3','4,5']
 
-def test_a_study_whose_trainings_are_shared(drawn, tmp_path):
+def test_a_study_whose_trainings_are_shared(drawn, few_questions, tmp_path):
     study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=2, batch=10, backbone_lr=1e-4)))
-    with ThreadPoolExecutor(1) as pool: alone = run_study(study, tmp_path/'1', pool, device='cpu', progress=False)
-    roots = [alone, run_study(study, tmp_path/'2', workers=1, processes=2, device='cpu', progress=False)]
+    with ThreadPoolExecutor(1) as pool: roots = [run_study(study, tmp_path/str(n), pool, device='cpu', processes=n, progress=False) for n in (1,2)]
     facts = [json.loads((r/'tiny-clip-full-seed0/run.json').read_text()) for r in roots]
     assert [f['processes'] for f in facts]==[1,2] and facts[0]['scores']==facts[1]['scores']
     a,b = (load_maps(r/'tiny-clip-full-seed0').maps for r in roots)

@@ -53,6 +53,10 @@ def test_other_programs_see_the_same_features(opened, exported, tmp_path):
         with torch.no_grad(): own = opened.model(name)[0](IMAGES)
         assert (feature-own).abs().max()<=1e-6*max(1, own.abs().max()), name
 
+def test_no_card_says_where_the_photographs_lie(drawn, exported):
+    cards = [p.read_text() for folder in exported.values() for p in folder.rglob('*') if p.suffix in ('.md','.json')]
+    assert not any(str(drawn.parent) in c for c in cards) and sum(f'photographs of `{drawn.name}`' in c for c in cards)==len(exported)
+
 def test_names_are_those_of_the_plan(exported):
     root = exported['tiny-clip-full-seed0'].parents[1]
     files = {str(p.relative_to(root)) for p in root.rglob('*') if p.is_file()}

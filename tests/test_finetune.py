@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from peft.tuners.lora import LoraLayer
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from small import SIDE, load_backbone
 from ssl_wikichurches.attention.capture import pooled_maps
-from ssl_wikichurches.backbones.encoders import TINY, load_backbone
+from ssl_wikichurches.backbones.encoders import TINY
 from ssl_wikichurches.data.splits import make_split
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.finetune.tiers import TIERS
@@ -97,7 +98,7 @@ def test_new_adapters_change_nothing(name, images):
 
 def test_gradients_of_the_first_step(data):
     backbone = load_backbone('tiny-dinov2'); add_adapters(backbone, LoraRecipe(dropout=0.))
-    backbone(torch.rand(2,3,96,96)).square().sum().backward()
+    backbone(torch.rand(2,3,SIDE,SIDE)).square().sum().backward()
     grads = {k:p.grad.abs().sum().item() for k,p in backbone.named_parameters() if p.requires_grad}
     assert all(v==0 for k,v in grads.items() if 'lora_A' in k) and any(v>0 for k,v in grads.items() if 'lora_B' in k)
 
@@ -114,14 +115,14 @@ def test_weights_of_another_model_are_refused(two_dozen):
 
 def test_full_fine_tuning_can_learn(data):
     fitted = fit_full(load_backbone('tiny-dinov2'), replace(data, split=replace(data.split, train=data.split.train[:32])),
-                      FullRecipe(epochs=25, lr=1e-3, backbone_lr=1e-3, augment=False, class_weights='none'))
+                      FullRecipe(epochs=15, lr=2e-3, backbone_lr=2e-3, augment=False, class_weights='none'))
     assert fitted.history.train_loss.iloc[-1]<.5*fitted.history.train_loss.iloc[0]
 
 def test_real_vit_tiny_moves_only_where_it_may(real):
     source = f"timm/vit_tiny_patch16_224@{real/'vit_tiny_in1k/model.safetensors'}"
     churches = load_churches(real/'photos', verify=False); split = make_split(churches)
-    data = TrainData(churches, replace(split, train=split.train[::40], val=split.val[::10], eval=split.eval[:4]), 224)
+    data = TrainData(churches, replace(split, train=split.train[::80], val=split.val[::20], eval=split.eval[:4]), 224)
     images = next(iter(data.loader('eval')))[0]
-    before = pooled_maps(load_backbone(source).requires_grad_(False), images)
-    fit = lambda tier, **k: pooled_maps(TIERS[tier].fit(load_backbone(source), data, make_recipe(TIERS[tier].recipe, epochs=1, class_weights='none', **k)).backbone.requires_grad_(False), images)
+    before = pooled_maps(load_backbone(source, size=224).requires_grad_(False), images)
+    fit = lambda tier, **k: pooled_maps(TIERS[tier].fit(load_backbone(source, size=224), data, make_recipe(TIERS[tier].recipe, epochs=1, class_weights='none', **k)).backbone.requires_grad_(False), images)
     assert torch.equal(fit('linear'), before) and torch.equal(fit('lora', lr=0.), before) and not torch.equal(fit('lora'), before)

@@ -10,12 +10,12 @@ from scipy.special import logsumexp, softmax
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from timm_models import timm_model
+from small import SIDE, load_backbone
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.finetune import semi_supervised
 from ssl_wikichurches.finetune.attn_supervised import EndlessOrder
-from ssl_wikichurches.backbones.encoders import load_backbone
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, church_id, read_churches, train_transform
-from ssl_wikichurches.data.download import load_churches, synthetic_folder
+from ssl_wikichurches.data.download import synthetic_folder
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import StyleModel, make_recipe, new_classifier
@@ -44,8 +44,6 @@ def few(data):
 def drawn_without(data):
     "The photographs that the drawn set has without a label."
     return data.churches.images.index[data.churches.images.church.isin(read_hidden_styles(data.churches.root).index)]
-
-def sized(data, name): return replace(data, size=model(name).spec.size)
 
 # ---- the pool
 
@@ -138,10 +136,10 @@ def test_the_weak_view_has_no_strong_operation(few, monkeypatch):
     monkeypatch.setattr(v2.RandAugment, 'forward', bang)
     (x,),_ = next(iter(view_batches(d, names, recipe_views(d, recipes['pseudo']), 6, seed=4)))
     one = iter(EndlessOrder(len(names), 6, 4))
-    plain = finetune.SeededPhotographs(ChurchDataset(d.churches, names, train_transform(96)))
+    plain = finetune.SeededPhotographs(ChurchDataset(d.churches, names, train_transform(SIDE)))
     assert torch.equal(x, torch.stack([plain[p]['image'] for p in next(one)]))
     weak,_ = recipe_views(d, recipes['fixmatch'])
-    assert [type(t) for t in weak.transforms]==[type(t) for t in train_transform(96).transforms]
+    assert [type(t) for t in weak.transforms]==[type(t) for t in train_transform(SIDE).transforms]
     for k in ('fixmatch','self_training'):
         with pytest.raises(AssertionError, match='strong'): next(iter(view_batches(d, names, recipe_views(d, recipes[k]), 6)))
 
@@ -151,11 +149,11 @@ def test_strong_views_are_images(few, geometry):
     d = replace(d, geometry=geometry)
     names = list(unlabelled(d.churches, d.split))
     views,said = next(iter(view_batches(d, names, recipe_views(d, SemiSupervisedRecipe()), 12, seed=1)))
-    assert views.shape==(2,12,3,96,96) and 0<=views.min() and views.max()<=1 and views.isfinite().all() and set(said)<=set(names)
+    assert views.shape==(2,12,3,SIDE,SIDE) and 0<=views.min() and views.max()<=1 and views.isfinite().all() and set(said)<=set(names)
     assert ((views[0]-views[1]).abs().flatten(1).mean(1)>.01).all() # each differs
     still = recipe_views(d, SemiSupervisedRecipe(augment=False))
     assert not any(isinstance(t, v2.RandomHorizontalFlip) for v in still for t in v.transforms)
-    assert strong_transform(96, geometry).side==train_transform(96, geometry).side
+    assert strong_transform(SIDE, geometry).side==train_transform(SIDE, geometry).side
 
 def test_batches_are_a_function_of_seed_and_step(few):
     d,_ = few
@@ -204,7 +202,6 @@ def test_permuted_classes_permute_pseudo_labels(z, order, tau):
 @pytest.mark.parametrize('name', ('tiny-clip',TIMM))
 def test_a_permuted_classifier_permutes_the_labels_of_a_pool(few, name):
     d,_ = few
-    d = sized(d, name)
     pool,b,order = unlabelled(d.churches, d.split),model(name),[2,0,3,1]
     layer,recipe = new_classifier(b.dim, 5),SemiSupervisedRecipe(kind='self_training', tau=0., per_class=4)
     with torch.no_grad(): layer.weight.mul_(50)
@@ -274,7 +271,6 @@ def test_loss_refuses():
 def test_the_teacher_has_no_gradient_and_leaves_no_trace(few, name, kind):
     "Gradients are those of fixed labels on the student's view; modes stay; every forward of the teacher is without a graph."
     d,_ = few
-    d = sized(d, name)
     pool,b = unlabelled(d.churches, d.split),model(name)
     net = StyleModel(b, new_classifier(b.dim, 3)).train()
     with torch.no_grad(): net.classifier.weight.mul_(40)
@@ -333,7 +329,7 @@ LOOSE = dict(SHORT, tau=.4, passing=1.)
 def test_supervised_bit_for_bit(few, name, how):
     "Weight 0, an empty pool, and tau above 1 in the loop of each kind; blocks are skipped at random."
     d,_ = few
-    d,short = sized(d, name),dict(SHORT, drop_path=.2)
+    short = dict(SHORT, drop_path=.2)
     pool = unlabelled(d.churches, d.split)
     full = fit_full(model(name), d, FullRecipe(**short), 3)
     recipe = SemiSupervisedRecipe(**short, **dict(weight=dict(weight=0.), empty={}).get(how, dict(kind=how, tau=1.01)))

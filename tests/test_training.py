@@ -1,6 +1,5 @@
 "The loop as a lab would run it: killed and resumed, selected, stopped early, in parts, in half precision; groups by depth; the probe's optimum."
-import itertools, json, signal, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
+import itertools
 from dataclasses import replace
 from functools import cache, partial
 import numpy as np, pandas as pd, pytest, torch
@@ -8,16 +7,13 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize
 from torch import nn
 from torch.nn import functional as F
-from processes import alive, as_a_worker, children, wait_until
+from small import SIDE, load_backbone
 from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.attention.capture import pooled_maps
-from ssl_wikichurches.backbones.encoders import TINY, load_backbone
-from ssl_wikichurches.data.files import available_cores, read_tensors
+from ssl_wikichurches.backbones.encoders import TINY
 from ssl_wikichurches.finetune.checkpoint import put_tensors, trained_tensors
 from ssl_wikichurches.finetune.devices import Team
 from ssl_wikichurches.finetune.tiers import TIERS
-from ssl_wikichurches.study.plan import Study
-from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import BalancedBatches, Recipe, StyleModel, make_recipe, new_classifier, predict
 from ssl_wikichurches.finetune.full import FullRecipe, depth_of, fit_full, parameter_groups, stochastic_depth
 from ssl_wikichurches.finetune.linear import LinearRecipe, fit_linear, logistic_probe, pooled_features
@@ -72,23 +68,6 @@ def test_a_broken_checkpoint_is_named(data, tmp_path):
 def test_tensors_of_another_model_are_not_put():
     with pytest.raises(ValueError, match='first'): put_tensors(nn.Linear(2,2), trained_tensors(nn.Linear(3,2)))
 
-def test_a_killed_process_goes_on_and_cleans_up(drawn, tmp_path):
-    study = Study('s', str(drawn), ('tiny-clip',), ('full',), size=64, val=.3, recipes=dict(full=dict(epochs=20)))
-    one_core = 'import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n' # so that its worker has one thread
-    with as_a_worker(available_cores()), ThreadPoolExecutor(1) as pool: whole = run_study(study, tmp_path/'a', pool, device='cpu', progress=False)/'tiny-clip-full-seed0'
-    script = f"{one_core}from ssl_wikichurches.study.runs import *\nfrom ssl_wikichurches.study.plan import Study\nif __name__=='__main__': run_study({study!r}, {str(tmp_path/'b')!r}, workers=1, device='cpu', progress=False)"
-    (tmp_path/'go.py').write_text(script)
-    process = subprocess.Popen([sys.executable, str(tmp_path/'go.py')])
-    folder = tmp_path/'b/s/tiny-clip-full-seed0'
-    wait_until(lambda: (folder/'checkpoint.safetensors').is_file() or process.poll() is not None)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL); process.wait()
-    assert workers and (folder/'checkpoint.safetensors').is_file() and not (folder/'run.json').is_file()
-    wait_until(lambda: not any(map(alive, workers))) # they end with their parent
-    with as_a_worker(available_cores()), ThreadPoolExecutor(1) as pool: run_study(study, tmp_path/'b', pool, device='cpu', progress=False)
-    assert same(read_tensors(folder/'model.safetensors')[0], read_tensors(whole/'model.safetensors')[0])
-    assert not (folder/'checkpoint.safetensors').is_file() and len(pd.read_csv(folder/'history.csv'))==20
-
 # ---- selection
 
 def test_best_and_last_are_both_kept(two_dozen, monkeypatch):
@@ -120,7 +99,7 @@ def test_bad_choices(bad):
 def one_step(recipe, seed=0):
     model = StyleModel(b := load_backbone('tiny-dinov3'), new_classifier(b.dim, seed)).eval()
     g = torch.Generator().manual_seed(seed)
-    x,t = torch.rand(8, 3, 96, 96, generator=g),torch.randint(4, (8,), generator=g)
+    x,t = torch.rand(8, 3, SIDE, SIDE, generator=g),torch.randint(4, (8,), generator=g)
     of_classes = finetune.ClassLoss(model, torch.tensor([1.,2.,3.,4.]), Team(), recipe.accumulate)
     loss = of_classes(finetune._in_precision(model, recipe.precision), x, t, 0)['train_loss']
     return loss,{k:p.grad for k,p in model.named_parameters() if p.grad is not None}
@@ -130,7 +109,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole():
     assert a==pytest.approx(b, rel=1e-6) and all(torch.allclose(v, parts[k], atol=1e-6) for k,v in whole.items())
     model = StyleModel(b := load_backbone('tiny-dinov3'), new_classifier(b.dim)).eval()
     g = torch.Generator().manual_seed(0)
-    x,t = torch.rand(8, 3, 96, 96, generator=g),torch.randint(4, (8,), generator=g)
+    x,t = torch.rand(8, 3, SIDE, SIDE, generator=g),torch.randint(4, (8,), generator=g)
     assert a==pytest.approx(F.cross_entropy(model(x), t, torch.tensor([1.,2.,3.,4.])).item(), rel=1e-6)
 
 def test_half_precision_is_near_and_weights_stay_whole(data):
@@ -272,7 +251,7 @@ def test_without_decay_by_depth_the_step_is_plain_adamw():
         model = StyleModel(b := load_backbone('tiny-mae'), new_classifier(b.dim))
         optimizer = torch.optim.AdamW(make(model), weight_decay=.01, fused=True)
         g = torch.Generator().manual_seed(0)
-        F.cross_entropy(model(torch.rand(4, 3, 96, 96, generator=g)), torch.tensor([0,1,2,3])).backward()
+        F.cross_entropy(model(torch.rand(4, 3, SIDE, SIDE, generator=g)), torch.tensor([0,1,2,3])).backward()
         optimizer.step()
         return {k:v.clone() for k,v in model.state_dict().items()}
     def by_hand(model):
@@ -286,7 +265,7 @@ def test_stochastic_depth_skips_as_often_as_it_says():
     with stochastic_depth(b, .5):
         block.register_forward_hook(lambda m, args, out: skipped.append(((out[0] if isinstance(out, tuple) else out)-args[0]).flatten(1).abs().sum(1)==0))
         torch.manual_seed(0)
-        for _ in range(40): b(torch.rand(8, 3, 96, 96))
+        for _ in range(40): b(torch.rand(8, 3, SIDE, SIDE))
     share = torch.cat(skipped).float().mean().item()
     assert share==pytest.approx(.5, abs=.1)
     with pytest.raises(ValueError, match='drop_path'): FullRecipe(drop_path=1.)

@@ -3,7 +3,7 @@ import json
 from dataclasses import asdict, replace
 from functools import cache
 import numpy as np, pandas as pd, pytest, torch
-from ssl_wikichurches.backbones.encoders import load_backbone
+from small import SIDE, load_backbone
 from ssl_wikichurches.finetune import training
 from ssl_wikichurches.finetune.linear import LinearRecipe
 from ssl_wikichurches.finetune.tiers import TIERS

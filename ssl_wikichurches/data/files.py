@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'write_file', 'write_json', 'is_full', 'read_text', 'once', 'read_json', 'read_csv', 'write_tensors',
-           'read_tensors', 'one_writer', 'writer_of', 'local_locks', 'cache_dir', 'available_cores', 'end_with_parent',
-           'worker_pool']
+           'read_tensors', 'one_writer', 'writer_of', 'local_locks', 'cache_dir', 'available_cores', 'thread_share',
+           'end_with_parent', 'worker_pool']
 
 # %% ../../nbs/00A_files.ipynb #ed4e5c7a
 import codecs, csv, io, json, math, os, platform, threading, time
@@ -213,6 +213,13 @@ def cache_dir()->Path: # the folder; it need not exist yet
 def available_cores()->int: # at least 1
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+def thread_share(
+    workers:int, # processes that compute at a time
+)->int: # threads for each, at least 1
+    "An equal share of the cores, and no more than `OMP_NUM_THREADS` where that is set."
+    share,limit = max(1, available_cores()//workers),os.environ.get('OMP_NUM_THREADS', '')
+    return min(share, int(limit)) if limit.isdecimal() and int(limit) else share
 
 def end_with_parent():
     "From now on this process ends when the one that started it does, however that ends."

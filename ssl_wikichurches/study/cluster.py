@@ -12,10 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-import torch
-from ..data.files import available_cores, end_with_parent, local_locks
+from ..data.files import available_cores, end_with_parent, local_locks, thread_share
 from .plan import Cluster, Study
-from .runs import default_executor, gpu_groups
 
 # %% ../../nbs/06q_cluster.ipynb #8f87418a
 class Placed:
@@ -24,7 +22,9 @@ class Placed:
         threads:int, # of torch; 0: as they are
     ): self.threads = threads
     def __call__(self, function, *args):
-        if self.threads: torch.set_num_threads(self.threads)
+        if self.threads:
+            import torch # where a job arrives, and not before
+            torch.set_num_threads(self.threads)
         return function(*args)
     def checkpoint(self, *args): # asked for by submitit when a job is stopped: the same once more
         from submitit.helpers import DelayedSubmission
@@ -51,6 +51,7 @@ def _dask_here(cluster, processes):
     "A cluster of this machine."
     import dask
     from distributed import LocalCluster
+    from ssl_wikichurches.study.runs import gpu_groups
     dask.config.set({'distributed.worker.daemon':False}) # workers may have processes of their own
     workers = cluster.workers or len(gpu_groups(processes)) or max(1, available_cores()//max(processes, cluster.cpus))
     memory = f'{cluster.memory} GB' if cluster.memory else 0
@@ -64,6 +65,7 @@ def dask_executor(
     "An executor on dask, for as long as the context lasts."
     try: from distributed import Client, WorkerPlugin
     except ImportError: raise _needs('dask', 'distributed') from None
+    from ssl_wikichurches.study.runs import gpu_groups
     class Own(WorkerPlugin):
         "In a fresh worker: its GPUs, and its end."
         def setup(self, worker, groups=gpu_groups(processes)):
@@ -74,7 +76,7 @@ def dask_executor(
     try:
         if here: client.register_plugin(Own())
         else: _check_workers(client)
-        yield _DaskExecutor(client, cluster.cpus or (max(1, available_cores()//workers) if here else 0))
+        yield _DaskExecutor(client, cluster.cpus or (thread_share(workers) if here else 0))
     finally:
         client.close()
         if here: here.close()
@@ -178,6 +180,7 @@ def open_executor(
         with dask_executor(cluster, processes) as pool: yield pool
     elif cluster.executor!='local': yield slurm_executor(cluster, logs, study.name, 'slurm' if cluster.executor=='slurm' else 'local')
     else:
+        from ssl_wikichurches.study.runs import default_executor
         workers = cluster.workers or (max(1, available_cores()//cluster.cpus) if cluster.cpus else 0)
         pool = default_executor(workers, processes, cluster.cpus)
         try: yield pool

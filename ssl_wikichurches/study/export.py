@@ -117,14 +117,15 @@ def model_card(
 )->str: # Markdown with a head of YAML, as the hub reads it
     "What has to be said of one exported model."
     (base,known),row,metric = base_of(run.source),_row(table, run),opened.study.declaration.metric
+    data = Path(opened.study.data).name # a folder by its name: where it lies is nobody's business
     license,accuracy = license or known,facts['scores'].get('eval', {}).get('accuracy')
     named = dict(license=license) if license and not license.startswith('dinov3') else dict(license='other', license_name=license or 'unknown')
-    results = [EvalResult('image-classification', opened.study.data, 'Architectural style', 'accuracy', accuracy)] if accuracy is not None else []
+    results = [EvalResult('image-classification', data, 'Architectural style', 'accuracy', accuracy)] if accuracy is not None else []
     head = ModelCardData(**named, base_model=base or None, library_name=layout if layout!='linear' else None, tags=['architecture','attention','wikichurches'],
                          pipeline_tag='image-feature-extraction', model_name=run.name, eval_results=results or None)
     said = f"{accuracy:.3f} of the held-out photographs with boxes are classified rightly" if accuracy is not None else 'No held-out photograph has a class'
     return '\n'.join([f'---\n{head.to_yaml()}\n---', f'# {run.name}', '', f"{base or run.model}, by the tier `{run.tier}`, seed {run.seed}: trained to tell {', '.join(facts['classes'])} apart.", '',
-        f"- trained on: {facts['n_train']} photographs of `{opened.study.data}` (fingerprint {run.data_key}); no church of the evaluation is among them",
+        f"- trained on: {facts['n_train']} photographs of `{data}` (fingerprint {run.data_key}); no church of the evaluation is among them",
         f'- accuracy: {said}', f'- shift: {_found(row, metric)}', f"- input: {facts['spec']['size']} x {facts['spec']['size']} pixels, geometry `{run.geometry}`, mean {[*facts['spec']['mean']]}, std {[*facts['spec']['std']]}",
         f"- license of the base: {known or 'not known to this study: see the page of the model'}", f"- code: {facts['versions']['commit'] or facts['versions']['ssl_wikichurches']}; weights of the base: {facts.get('weights') or 'not recorded'}",
         f'- recipe: `{json.dumps(run.recipe)}`', '', '```python', _OPEN[layout], '```', '',

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 import pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from tqdm import tqdm
-from ..data.files import (LOCK, available_cores, is_full, one_writer, read_tensors, worker_pool, write_file, write_json,
+from ..data.files import (LOCK, available_cores, is_full, one_writer, read_tensors, thread_share, worker_pool, write_file, write_json,
                                          write_tensors, writer_of)
 from ..backbones.encoders import Backbone, load_backbone
 from ..data.churches import ChurchDataset, Churches, box_mask, eval_transform, speaking_of
@@ -321,12 +321,12 @@ def _take_place(threads, groups, taken):
 def default_executor(
     workers:int=0, # processes; 0: one per core, or one per group of GPUs
     processes:int=1, # that will share each training
-    threads:int=0, # of each worker; 0: an equal share of the cores
+    threads:int=0, # of each worker; 0: its share of the cores (`thread_share`)
 )->Executor:
     "A pool of fresh processes that share the cores and the GPUs."
     cores,groups = available_cores(),gpu_groups(processes)
     workers = workers or len(groups) or (1 if best_device()=='mps' else max(1, cores//processes))
-    return worker_pool(workers, _take_place, threads or max(1, cores//workers), groups, get_context('spawn').Value('i', 0))
+    return worker_pool(workers, _take_place, threads or thread_share(workers), groups, get_context('spawn').Value('i', 0))
 
 
 # %% ../../nbs/06b_runs.ipynb #4e2f7c59
