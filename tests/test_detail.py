@@ -1,5 +1,5 @@
 "Styles, parts, blocks and heads against plain recomputation from metrics.parquet and maps."
-import itertools, re, shutil
+import itertools, json, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,10 @@ from ssl_wikichurches.attention.scores import higher_is_better
 from ssl_wikichurches.study.blind_baselines import border_scores, border_table
 from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot
-from ssl_wikichurches.study.analysis import analyse
+from ssl_wikichurches.study.analysis import analyse, read_tables
 from ssl_wikichurches.study.reader import open_study
 from ssl_wikichurches.attention.scores import score_maps
-from ssl_wikichurches.study.report import write_report
+from ssl_wikichurches.study.report import report_figures, write_report
 from ssl_wikichurches.study.tables import study_table
 
 @pytest.fixture(scope='module')
@@ -289,8 +289,62 @@ def test_relocation_is_seen_as_relocation(root):
     for k in (0,1): set_levels(root, f'tiny-clip-lora-seed{k}', [[.1],[.1],[.1],[.3]])
     r = best_block_table(open_study(root)).set_index('model').loc['tiny-clip']
     assert (r.frozen_block,r.tuned_block,r.blocks,r.n,r.divisions)==(1,3,4,12,100) and abs(r.last_to_last-.2)<1e-12 and abs(r.best_to_best)<1e-12
-    siglip = best_block_table(open_study(root)).set_index('model').loc['tiny-siglip']
-    assert siglip.blocks==1 and 'nothing to choose' in siglip.note
+    siglip = best_block_table(open_study(root)).query("model=='tiny-siglip'").set_index('reader')
+    assert siglip.blocks.to_dict()=={'pooling head':1, 'received':4} and 'nothing to choose' in siglip.note['pooling head'] and not siglip.note['received']
+
+# ---- the blocks of a model with a pooling head, by what patches receive
+
+def by_hand(opened, runs, block, head):
+    "The metric of stored maps of received attention, by church; a mean over runs."
+    seen = opened.photographs('tiny-siglip')
+    def one(run):
+        maps = opened.maps(run).received[:,block]
+        maps = maps.mean(1) if head=='mean' else maps[:,int(head)]
+        t = score_maps(maps, seen.boxes, [*seen.names], seen.size, only=['iou@90']).set_index('image').value
+        return t.groupby(opened.groups(t.index)).mean()
+    return sum(map(one, runs))/len(runs)
+
+def test_depth_of_a_pooling_head_is_asked_of_received_attention(done):
+    opened = open_study(done); frozen,tuned = ['tiny-siglip-frozen'],[f'tiny-siglip-lora-seed{k}' for k in (0,1)]
+    before,after = opened.received_cells('tiny-siglip', 'lora')
+    heads = ['0','1','2','3']
+    assert before.columns.tolist()==after.columns.tolist()==[(b,h) for b in range(4) for h in (*heads,'mean')]
+    for b,h in ((0,'3'),(2,'mean'),(3,'0')):
+        for cells,runs in ((before,frozen),(after,tuned)): np.testing.assert_allclose(cells[b,h], by_hand(opened, runs, b, h), atol=1e-12)
+    g = head_grid(opened, 'tiny-siglip', 'lora'); own,blocks = (g[g.reader==k] for k in ('pooling head','received'))
+    assert len(own)==4 and len(blocks)==16 and (blocks.n==12).all() and (blocks.seeds==2).all()
+    np.testing.assert_allclose(blocks.estimate, (after-before)[[(b,h) for b in range(4) for h in heads]].mean())
+    np.testing.assert_allclose(blocks.p_max_t, all_signs((after-before).drop(columns='mean', level='head').to_numpy()), atol=1e-12) # a family of its own
+    t = head_table(pd.concat([g, head_grid(opened, 'tiny-clip', 'lora')]))
+    assert [*zip(t.model, t.reader, t.heads)]==[('tiny-siglip','pooling head',4), ('tiny-siglip','received',16), ('tiny-clip','class token',16)]
+    b = best_heads(opened).query("model=='tiny-siglip'").set_index(['reader','of'])
+    assert b.heads.groupby('reader').first().to_dict()=={'pooling head':4, 'received':16} and b.naive['received','frozen']==before.drop(columns='mean', level='head').mean().max()
+    best = best_block_table(opened).query("model=='tiny-siglip'").set_index('reader')
+    last = block_table(opened).query("model=='tiny-siglip' and block==3")['shift'].iloc[0]
+    assert best.last_to_last['received']==pytest.approx(last, abs=1e-15) and best.frozen_block['received'] in range(4) and best.divisions['received']==100
+
+def test_a_study_without_blocks_of_its_pooling_head_has_its_one_map(root):
+    "As older ones are; and one whose maps are of other images is refused."
+    for name in ('tiny-siglip-lora-seed1','tiny-siglip-lora-seed0'):
+        stored = open_study(root).maps(name)
+        save_maps(root/name/'maps.safetensors', replace(stored, received=stored.received[:,:0]))
+        opened = open_study(root)
+        assert opened.received_cells('tiny-siglip', 'lora')==() and [*opened.cells_by_reader('tiny-siglip', 'lora')]==['pooling head']
+    for table in (block_table(opened), best_block_table(opened), head_grid(opened, 'tiny-siglip', 'lora'), best_heads(opened)): assert set(table[table.model=='tiny-siglip'].reader)=={'pooling head'}
+    kept = opened.maps('tiny-siglip-frozen')
+    for name in ('tiny-siglip-lora-seed0','tiny-siglip-lora-seed1'): save_maps(root/name/'maps.safetensors', replace(kept, images=kept.images[1:]+kept.images[:1]))
+    with pytest.raises(ValueError, match='other images'): open_study(root).received_cells('tiny-siglip', 'lora')
+
+def test_tables_that_do_not_say_whose_attention_are_still_drawn(done, tmp_path):
+    new = analyse(open_study(done))
+    folder = Path(shutil.copytree(new.path, tmp_path/'tables')); said = json.loads((folder/'tables.json').read_text())
+    for k in ('head_grid','heads','best_heads'):
+        t = pd.read_csv(folder/f'{k}.csv', keep_default_na=False); t[t.reader!='received'].drop(columns='reader').to_csv(folder/f'{k}.csv', index=False); del said['tables'][k]['columns']['reader']
+    (folder/'tables.json').write_text(json.dumps(said))
+    old = read_tables(folder)
+    assert 'reader' not in old['head_grid'] and [ax.get_title() for ax in report_figures(old)['heads'].axes[:2]]==['tiny-clip  lora','tiny-siglip  lora']
+    assert 'tiny-siglip  lora\nreceived' in [ax.get_title() for ax in report_figures(new)['heads'].axes]
+    assert '<h2>Heads</h2>' in write_report(old, tmp_path/'r.html').read_text()
 
 def test_heads_by_every_pattern_of_signs_and_by_rank(done):
     g = head_grid(open_study(done), 'tiny-clip', 'lora')

@@ -7,8 +7,11 @@ import numpy as np, pandas as pd, pytest, torch
 from ssl_wikichurches.attention.metrics import chance_of_top, iou_at_percentile, n_kept, upsample
 from ssl_wikichurches.cli import wikichurches_explore
 from ssl_wikichurches.data.churches import box_mask
+from ssl_wikichurches.data.files import write_tensors
 from ssl_wikichurches.study.explorer import explorer_entries, explorer_file, explorer_study, unpack_numbers, write_explorer, write_explorer_folder
 from ssl_wikichurches.study.reader import open_study
+from ssl_wikichurches.study.runs import score_moments
+from ssl_wikichurches.study.when import turns_table, when_sentence, when_table
 
 RUN = 'tiny-clip-full-seed0'
 
@@ -215,6 +218,45 @@ def test_keys_alone_do(single, show):
     page.locator('.wc-list [tabindex="0"]').focus()
     page.keyboard.press('End'); page.keyboard.press('Enter'); settled(page)
     assert state(page)['photo']!=first['photo'] and page.evaluate('document.activeElement.ariaCurrent')=='true'
+
+# ---- looks at a training
+
+def look_at(opened, run, accuracy):
+    "Give a run looks: on the way from the frozen maps to its own, some past the end."
+    model = opened.recipe(run).model
+    before,after = (opened.mean_maps(n) for n in (f'{model}-frozen',run))
+    ways,seen = np.r_[0,np.linspace(.2,1.4,len(accuracy)-2),1],opened.photographs(model)
+    rows = [dict(step=3*i, epoch=i/2, train_loss=1., val_loss=1., val_accuracy=a, val_balanced_accuracy=a, seconds=.1) for i,a in enumerate(accuracy)]
+    pd.DataFrame(rows).to_csv(opened.path/run/'moments.csv', index=False)
+    maps = torch.stack([before+w*(after-before) for w in map(float, ways)]).clamp(min=0)
+    write_tensors(opened.path/run/'moments.safetensors', dict(maps=maps, steps=torch.tensor([r['step'] for r in rows])), dict(images=json.dumps(seen.names)))
+    score_moments(opened.path/run, seen.boxes, [*seen.groups], seen.size)
+
+def test_the_curve_of_a_training_is_that_of_its_table(finished, tmp_path, show):
+    root = Path(shutil.copytree(finished, tmp_path/'brief'))
+    look_at(open_study(root), RUN, [.2,.3,.55,.9,.85]); look_at(open_study(root), 'tiny-siglip-full-seed0', [.25]*24) # one on a scale of logarithms
+    opened = open_study(root)
+    table,turns = when_table(opened),turns_table(opened)
+    page = show(write_explorer(opened, tmp_path/'e.html').path, '#model=tiny-clip&tier=full&beside=tiny-siglip')
+    assert page.locator('.wc-curve').count()==2
+    for row,(model,n) in enumerate((('tiny-clip',5),('tiny-siglip',24))):
+        rows,curve = table[table.model==model].reset_index(drop=True),page.locator('.wc-row').nth(row).locator('.wc-curve')
+        inside = ask(page, 'return e.study.curves.find(c => c.model===args[0]).looks', model)
+        assert inside==rows[['epoch','shift','low','high','val_balanced_accuracy']].values.tolist() and len(inside)==n
+        said,sign = curve.locator('title').all_text_contents(),lambda v: f'{v:+.4f}'.replace('-', '\u2212')
+        assert said==[f'epoch {r.epoch:g}: shift {sign(r.shift)} (95 %: {sign(r.low)} to {sign(r.high)}), balanced accuracy {r.val_balanced_accuracy:.3f}' for r in rows.itertuples()]
+        assert curve.locator('figcaption p').first.inner_text()==when_sentence(turns[turns.model==model].iloc[0])
+        assert all(t in curve.locator('svg').get_attribute('aria-label') for t in said)
+        x,y = np.array(curve.locator('circle').evaluate_all('all => all.map(c => ["cx", "cy"].map(k => Number(c.getAttribute(k))))')).T
+        np.testing.assert_allclose(y[0]-y, rows['shift']*np.ptp(y)/np.ptp(rows['shift']), atol=1e-6) # upwards
+        assert (np.diff(x)>0).all() and 0<x[0] and x[-1]<300 and ((0<y)&(y<90)).all()
+        assert (np.ptp(np.diff(x))<1e-9)==(model=='tiny-clip')
+    choose(page, tier='lora')
+    assert page.locator('.wc-row').count()==2 and page.locator('.wc-curve').count()==0
+
+def test_a_study_without_looks_has_no_curves(single, show):
+    page = show(single, '#model=tiny-clip&tier=full&beside=tiny-siglip')
+    assert ask(page, 'return e.study.curves')==[] and page.locator('.wc-curve').count()==0
 
 # ---- how it looks
 

@@ -61,7 +61,8 @@ def test_encoders_whose_maps_would_be_of_something_else(arch, tmp_path):
 spec = importlib.util.spec_from_file_location('architectures', Path(__file__).parent.parent/'benchmarks'/'architectures.py')
 walk = importlib.util.module_from_spec(spec); spec.loader.exec_module(walk)
 
-AVERAGED = {'vit_base_patch16_siglip_gap_224':{}, 'beit_base_patch16_224':{}, 'eva02_tiny_patch14_224':dict(img_size=56), 'vit_relpos_base_patch16_clsgap_224':{}, 'vit_so150m_patch16_reg4_gap_256':{}}
+AVERAGED = {'vit_base_patch16_siglip_gap_224':{}, 'beit_base_patch16_224':{}, 'eva02_tiny_patch14_224':dict(img_size=56), 'vit_relpos_base_patch16_clsgap_224':{}, 'vit_so150m_patch16_reg4_gap_256':{},
+            'naflexvit_base_patch16_par_gap':{}, 'naflexvit_so150m2_patch16_reg1_map':{}}
 BROUGHT = 'vit','vit_msn','ijepa','beit','data2vec-vision','siglip2_vision_model','chinese_clip_vision_model'
 
 @pytest.fixture(scope='module', params=[*AVERAGED, *BROUGHT])
@@ -102,6 +103,20 @@ def test_features_of_brought_encoders_and_their_attribution(brought, tmp_path):
         with pytest.raises(ValueError, match='takes more than its output'): value_vectors(brought, x)
         return
     vectors,constants = value_vectors(brought, x); assert vectors.isfinite().all() and vectors.shape[2]==n+brought.spec.grid**2
+
+def test_a_model_for_images_of_any_shape_sees_squares(tmp_path):
+    "At the size that its options ask for, and at another one; as patches of a list of which none is masked."
+    from timm.models.naflexvit import batch_patchify
+    m,folder = timm_folder(tmp_path, 'naflexvit_base_patch16_gap'); b = load_backbone(folder); m.reset_classifier(0)
+    assert (b.spec.size,b.spec.grid,b.spec.pooling)==(64,4,'mean')
+    with torch.no_grad():
+        for size in (64,96):
+            b = load_backbone(folder, size=size); x = images(size); own = (x-b.mean)/b.std
+            coord = torch.cartesian_prod(*[torch.arange(size//16)]*2).expand(2,-1,-1)
+            listed = m(batch_patchify(own, (16,16))[0], patch_coord=coord, patch_valid=torch.ones(coord.shape[:2], dtype=bool))
+            assert torch.equal(b(x), m(own)) and b.spec.grid==size//16; torch.testing.assert_close(b(x), listed, atol=1e-5, rtol=0)
+            assert torch.equal(b.patches(x), m.forward_features(own)[:,b.spec.n_prefix:])
+            again = load_backbone(save_backbone(b, tmp_path/f's{size}')); assert torch.equal(again(x), b(x)) and again.spec==b.spec
 
 def test_a_head_with_several_latents(tmp_path):
     "The first counts, or the mean, after what the head does with them."

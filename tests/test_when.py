@@ -25,8 +25,8 @@ def forty(data):
 @pytest.fixture(scope='module')
 def fitted(forty):
     "Three steps an epoch, two epochs."
-    def fit(tier, measure='', folder=None, **how):
-        recipe = make_recipe(TIERS[tier].recipe, epochs=2, lr=1e-3, batch=14, measure=measure, **HARD[tier], **how)
+    def fit(tier, measure='', folder=None, epochs=2, **how):
+        recipe = make_recipe(TIERS[tier].recipe, epochs=epochs, lr=1e-3, batch=14, measure=measure, **HARD[tier], **how)
         return TIERS[tier].fit(load_backbone('tiny-clip'), replace(forty, watch=_Watch(forty, 'cpu')), recipe, 5, 'cpu', folder)
     return cache(fit)
 
@@ -43,19 +43,21 @@ def test_a_look_changes_nothing_and_the_last_one_is_the_result(tier, fitted, for
     rows = {row['step']:row for row,_ in seen.moments}
     for epoch in (1,2): assert rows[3*epoch]['val_loss']==seen.history.val_loss[epoch] and rows[3*epoch]['train_loss']==seen.history.train_loss[epoch]
 
-def test_a_break_loses_no_look(fitted, tmp_path, monkeypatch):
-    whole,real,count = fitted('lora', '2,3,4'),training._gradients,[0]
+@pytest.mark.parametrize('measure,epochs,at', [('2,3,4',2,5), ('every_epoch',3,6)]) # after a look within an epoch; after the second epoch
+def test_a_break_loses_no_look(fitted, tmp_path, monkeypatch, measure, epochs, at):
+    whole,real,count = fitted('lora', measure, epochs=epochs),training._gradients,[0]
     class Killed(Exception): pass
     def step(*args):
-        if count[0]==5: raise Killed # after the look at step 4, in the second epoch
+        if count[0]==at: raise Killed
         count[0] += 1
         return real(*args)
     with monkeypatch.context() as m:
         m.setattr(training, '_gradients', step)
-        with pytest.raises(Killed): fitted('lora', '2,3,4', tmp_path)
-    again = fitted('lora', '2,3,4', tmp_path)
+        with pytest.raises(Killed): fitted('lora', measure, tmp_path, epochs)
+    again = fitted('lora', measure, tmp_path, epochs)
     drop = lambda moments: [{k:v for k,v in row.items() if k!='seconds' and v==v} for row,_ in moments]
     assert drop(again.moments)==drop(whole.moments) and all(torch.equal(a, b) for (_,a),(_,b) in zip(again.moments, whole.moments)) and same(again.state, whole.state)
+    pd.testing.assert_frame_equal(*(f.history.drop(columns='images_per_second') for f in (again,whole)), check_exact=True)
 
 def test_the_chosen_epoch_is_looked_at(fitted, forty):
     best = fitted('full', '1', select='best')

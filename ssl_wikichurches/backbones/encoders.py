@@ -56,10 +56,13 @@ def _build_transformers(config):
 # %% ../../nbs/01_backbones.ipynb #da2beae1
 _TRAINED_TOKEN = re.compile('dinov3') # architectures that average their patches, beside a class token that was trained
 
+def _stem(model): # what cuts the patches
+    return getattr(model, 'patch_embed', getattr(model, 'embeds', None))
+
 def _pooling(model, architecture):
     "What timm calls the pooling that a model is read by: 'token', 'map' or 'avg'. Raises where it has none of them."
-    how,token = getattr(model, 'global_pool', 'token'),getattr(model, 'cls_token', None) is not None
-    plain = getattr(model, 'blocks', None) and hasattr(getattr(model, 'patch_embed', None), 'patch_size') and hasattr(model, 'num_prefix_tokens')
+    how,token = getattr(model, 'global_pool', 'token'),any(getattr(m, 'cls_token', None) is not None for m in (model, _stem(model)))
+    plain = getattr(model, 'blocks', None) and hasattr(_stem(model), 'patch_size') and hasattr(model, 'num_prefix_tokens')
     if plain and token and _TRAINED_TOKEN.search(architecture) and how!='map': return 'token'
     if plain and (how in ('map','avg') or token and how=='token'): return how
     lacks = f"it pools by {how!r} in timm's words" if plain else 'it has no row of patches that goes through one block after the other'
@@ -163,6 +166,7 @@ class TimmReader:
         size, # new side of the images, in pixels
     )->dict: # its new architecture
         "Changes the positions of a model."
+        if not hasattr(model, 'set_input_size'): return architecture # positions are interpolated in every call
         model.set_input_size(img_size=(size,size))
         return dict(architecture, options=dict(architecture['options'], img_size=size))
 
@@ -171,7 +175,7 @@ class TimmReader:
     def inputs(self, x, grid, resized): return dict(x=x) # normalized images (n, 3, size, size), whatever the grid and the size
     def feature(self, out, spec): return out # (n, dim): what the model returned, whatever the geometry
     def patches(self, model, inputs, n_prefix): # (n, tokens, dim) after the last norm, of `inputs`, without the `n_prefix` tokens before the patches
-        return model.forward_features(**inputs)[:,n_prefix:]
+        return model.forward_features(inputs['x'])[:,n_prefix:]
     def blocks(self, model, inputs, n_prefix): # the same tokens after each block, before the last norm
         return model.forward_intermediates(**inputs, norm=False, output_fmt='NLC', intermediates_only=True)
 
@@ -490,7 +494,8 @@ def load_timm(
                          "averages, or `global_pool` 'avg' among the `model_args` of a config.json beside it")
     _fill(model, state, source)
     stats = {k: tuple((cfg or {}).get(k) or model.pretrained_cfg[k]) for k in ('mean', 'std')}
-    size,patch = (one_side(getattr(model.patch_embed, f'{k}_size'), source, of) for k,of in (('img','images'),('patch','patches')))
+    stem,asked = _stem(model),(options or {}).get('img_size') or model.pretrained_cfg['input_size'][1:]
+    size,patch = one_side(getattr(stem, 'img_size', asked), source, 'images'),one_side(stem.patch_size, source, 'patches')
     spec = BackboneSpec(name or architecture, source, 'timm', size, patch, model.num_prefix_tokens,
                         pooling=dict(map='head', avg='mean').get(getattr(model, 'global_pool', 'token'), 'class'), **stats)
     return Backbone(spec, model, dict(library='timm', architecture=architecture, options=options or {}))

@@ -118,13 +118,15 @@ DETAIL = (
           'its blocks are read by what patches receive (reader: received), which is another kind of map.'),
     About('best_blocks', 'From the best frozen block to the best tuned one', 'the metric, mean over heads', 'none: divisions overlap', '',
           'A shift of the last block can be agreement that moved there from another block. Both blocks are chosen on half of the churches and read on the other half '
-          '(means over divisions). last_to_last is the headline\'s shift. A model with a pooling head has one map.'))
+          '(means over divisions). last_to_last is the headline\'s shift, but of rows of received attention (reader: received), which is another kind of map: a pooling head has one map, '
+          'and in its blocks patches are read.'))
 
 # %% ../../nbs/06k_analysis.ipynb #2efd05c5
 HEADS = (
     About('head_grid', 'The shift of every head', 'the metric', '',
-          'sign flips of churches, seeds taken as given; p_step_down is corrected over all heads of a model and tier by the largest |t|', 'Exploratory: models and tiers are separate families.'),
-    About('heads', 'The heads of every model and tier in one row', 'the metric', '', 'up and down: heads with p_step_down below .05',
+          'sign flips of churches, seeds taken as given; p_step_down is corrected over all heads of a model, tier and kind of map by the largest |t|',
+          'Exploratory: models, tiers and kinds of map are separate families. reader: whose attention a row is about; of a model with a pooling head that of the head, and what patches receive in its blocks.'),
+    About('heads', 'The heads of every model, tier and kind of map in one row', 'the metric', '', 'up and down: heads with p_step_down below .05',
           'rank_correlation: of the heads\' scores before and after; it has no p, for heads of one network are no sample.'),
     About('best_heads', 'The best head by the churches that chose it, and by the others', 'the metric', '', '',
           'The best head is chosen by luck, too. naive: all churches choose and report; chosen: one half does both; other: the half that did not choose reports. '
@@ -142,7 +144,7 @@ WHEN = (
     About('when', 'The shift at every look at a training', 'the metric; val_balanced_accuracy in [0, 1]', BOTH+', each look by itself',
           'sign flips of churches, seeds taken as given; p_start and p_end are against the first and the last look, corrected over the looks of a model and tier by the largest |t|',
           'The last block, mean over heads. train_loss is the mean over the steps of the epoch so far. The last look is the result of the run, unless its recipe chooses the best epoch.'),
-    About('turns', 'When attention moves, beside when the task is learned', 'the metric; epochs', 'of the lag: churches and seeds resampled, 95 % (too narrow with two seeds); that few photographs validate is not in it', '',
+    About('turns', 'When attention moves, beside when the task is learned', 'the metric; epochs', 'of the lag: churches and seeds resampled, 95 % (too narrow with few seeds); that few photographs validate is not in it', '',
           'learns: accuracy rises from the first to the last look by more than two standard errors. half_learned and half_moved: epoch at which half of the largest gain is first reached; order: with, where the interval of the lag has 0, or both are half way between the same two looks. '
           'beyond_end: how much further a look that half of the churches chose had moved than the end, by the other half; maximum: p_maximum, the smallest p_end of a look that is higher, is below .05. '
           'at_best: the shift where validation is best. against: the shift furthest on the other side, p_against its p_start. cost: looks as a share of the seconds of a run.'))

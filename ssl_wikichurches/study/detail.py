@@ -204,23 +204,28 @@ def tuned_pairs(
             for (m,t),g in in_order(tuned.groupby(['model','tier'], sort=False))]
     return pd.DataFrame(rows, columns=['model','tier','seeds','reader'])
 
+def _blocks(cells): return cells.xs('mean', axis=1, level='head').rename_axis(columns='block')
+def _heads(cells): return cells.drop(columns='mean', level='head')
+
+def _by_reader(opened, metric, part):
+    "Every model and tier by each kind of its maps: a row of `tuned_pairs`, whose attention, and a part of the scores before and after."
+    for r in tuned_pairs(opened).itertuples():
+        for reader,pair in opened.cells_by_reader(r.model, r.tier, metric).items(): yield r,reader,*map(part, pair)
+
 def block_table(
     opened:OpenStudy,
     metric:str=PRIMARY,
 )->pd.DataFrame: # model, tier, reader, block, n (churches), seeds, unit, before, after, shift, t, p, p_max_t, p_step_down, note; may be empty
     "The shift of every block, mean over heads; p corrected over the blocks of a model, tier and kind of map by the largest |t|."
     parts = []
-    def add(r, reader, b, a):
+    for r,reader,b,a in _by_reader(opened, metric, _blocks):
         t = max_t(a-b).rename(columns=dict(estimate='shift'))
         parts.append(t.assign(model=r.model, tier=r.tier, reader=reader, seeds=r.seeds, unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy()))
-    for r in tuned_pairs(opened).itertuples():
-        add(r, r.reader, *(d.xs('mean', axis=1, level='head') for d in opened.church_cells(r.model, r.tier, metric)))
-        if r.reader==MAP_KINDS['head']: add(r, MAP_KINDS['mean'], *opened.received_cells(r.model, r.tier, metric))
     columns = ['model','tier','reader','block','n','seeds','unit','before','after','shift','t','p','p_max_t','p_step_down','note']
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/06i_detail.ipynb #82892fc0
-_TOO_FEW = 'fewer than 6 churches: they cannot be halved'
+_TOO_FEW,_ONE_MAP = 'fewer than 6 churches: they cannot be halved','one map, after the last block: nothing to choose'
 
 def best_block_table(
     opened:OpenStudy,
@@ -230,15 +235,14 @@ def best_block_table(
 )->pd.DataFrame: # model, tier, reader, n, blocks, unit, frozen_block, frozen, tuned_block, tuned, best_to_best, last_to_last, divisions, note; may be empty
     "From the best frozen block to the best tuned one, chosen on one half of the churches and read on the other; means over divisions."
     rows = []
-    for r in tuned_pairs(opened).itertuples():
-        b,a = (d.xs('mean', axis=1, level='head').rename_axis(columns='block') for d in opened.church_cells(r.model, r.tier, metric))
-        row = dict(model=r.model, tier=r.tier, reader=r.reader, n=len(b), blocks=b.shape[1], unit=metric, last_to_last=(a-b).iloc[:,-1].mean(),
+    for r,reader,b,a in _by_reader(opened, metric, _blocks):
+        row = dict(model=r.model, tier=r.tier, reader=reader, n=len(b), blocks=b.shape[1], unit=metric, last_to_last=(a-b).iloc[:,-1].mean(),
                    divisions=0, note=_TOO_FEW)
         if len(b)>=6:
             f,t = (split_half_heads(d, repeats, seed) for d in (b,a)) # one seed, so the same halves
             row |= dict(frozen_block=f.block.mode()[0], frozen=f.estimate.mean(), tuned_block=t.block.mode()[0], tuned=t.estimate.mean(),
                         best_to_best=(t.estimate-f.estimate).mean(), divisions=repeats,
-                        note='' if b.shape[1]>1 else 'one map, after the last block: nothing to choose')
+                        note='' if b.shape[1]>1 else _ONE_MAP)
         rows.append(row)
     columns = ['model','tier','reader','n','blocks','unit','frozen_block','frozen','tuned_block','tuned','best_to_best','last_to_last','divisions','note']
     return pd.DataFrame(rows, columns=columns)
@@ -249,26 +253,28 @@ def head_grid(
     model:str,
     tier:str,
     metric:str=PRIMARY,
-)->pd.DataFrame: # model, tier, block, head, n (churches), seeds, unit, before, after, estimate (shift), t, p, p_max_t, p_step_down, patterns, note
-    "The shift of every head, with p corrected over all heads of the model by the largest |t|."
-    b,a = (d.drop(columns='mean', level='head') for d in opened.church_cells(model, tier, metric))
-    seeds = opened.of_kind().query('model==@model and tier==@tier').seed.nunique()
-    return max_t(a-b).assign(unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy(), model=model, tier=tier, seeds=seeds)[
-        ['model','tier','block','head','n','seeds','unit','before','after','estimate','t','p','p_max_t','p_step_down','patterns','note']]
+)->pd.DataFrame: # model, tier, reader, block, head, n (churches), seeds, unit, before, after, estimate (shift), t, p, p_max_t, p_step_down, patterns, note
+    "The shift of every head, with p corrected over all heads of the model and kind of map by the largest |t|."
+    seeds,parts = opened.of_kind().query('model==@model and tier==@tier').seed.nunique(),[]
+    for reader,pair in opened.cells_by_reader(model, tier, metric).items():
+        b,a = map(_heads, pair)
+        parts.append(max_t(a-b).assign(unit=metric, before=b.mean().to_numpy(), after=a.mean().to_numpy(), model=model, tier=tier, reader=reader, seeds=seeds))
+    columns = ['model','tier','reader','block','head','n','seeds','unit','before','after','estimate','t','p','p_max_t','p_step_down','patterns','note']
+    return pd.concat(parts, ignore_index=True)[columns]
 
 # %% ../../nbs/06i_detail.ipynb #5821f1d7
 def head_table(
     grids:pd.DataFrame, # of `head_grid`, those of several models and tiers below each other
-)->pd.DataFrame: # model, tier, n (churches), heads, unit, up, down (p_step_down<.05), rank_correlation (frozen, tuned), largest, smallest (shift); may be empty
-    "The heads of every model and tier in one row."
+)->pd.DataFrame: # model, tier, reader, n (churches), heads, unit, up, down (p_step_down<.05), rank_correlation (frozen, tuned), largest, smallest (shift); may be empty
+    "The heads of every model, tier and kind of map in one row."
     rows = []
-    for (model,tier),g in grids.groupby(['model','tier'], sort=False):
+    for (model,tier,reader),g in grids.groupby(['model','tier','reader'], sort=False):
         sure,flat = g.p_step_down<.05, len(g)<3 or min(np.ptp(g.before), np.ptp(g.after))==0
         up,down = int((sure&(g.estimate>0)).sum()),int((sure&(g.estimate<0)).sum())
         alike = np.nan if flat else stats.spearmanr(g.before, g.after).statistic
-        rows.append(dict(model=model, tier=tier, n=g.n.iloc[0], heads=len(g), unit=g.unit.iloc[0], up=up, down=down, rank_correlation=alike,
+        rows.append(dict(model=model, tier=tier, reader=reader, n=g.n.iloc[0], heads=len(g), unit=g.unit.iloc[0], up=up, down=down, rank_correlation=alike,
                          largest=g.estimate.max(), smallest=g.estimate.min()))
-    return pd.DataFrame(rows, columns=['model','tier','n','heads','unit','up','down','rank_correlation','largest','smallest'])
+    return pd.DataFrame(rows, columns=['model','tier','reader','n','heads','unit','up','down','rank_correlation','largest','smallest'])
 
 # %% ../../nbs/06i_detail.ipynb #2243a03b
 def best_heads(
@@ -276,20 +282,19 @@ def best_heads(
     metric:str=PRIMARY,
     repeats:int=100, # divisions of the churches
     seed:int=0, # of the divisions
-)->pd.DataFrame: # model, tier, of ('frozen', 'tuned', 'shift'), n, heads, unit, block, head (naive choice), naive, chosen, other, divisions, note; may be empty
+)->pd.DataFrame: # model, tier, reader, of ('frozen', 'tuned', 'shift'), n, heads, unit, block, head (naive choice), naive, chosen, other, divisions, note; may be empty
     "The best head by the churches that chose it, and by the others."
     rows = []
-    for r in tuned_pairs(opened).itertuples():
-        b,a = (d.drop(columns='mean', level='head') for d in opened.church_cells(r.model, r.tier, metric))
+    for r,reader,b,a in _by_reader(opened, metric, _heads):
         for of,d in dict(frozen=b, tuned=a, shift=a-b).items():
             block,head = d.mean().idxmax()
-            row = dict(model=r.model, tier=r.tier, of=of, n=len(d), heads=d.shape[1], unit=metric, block=block, head=head,
+            row = dict(model=r.model, tier=r.tier, reader=reader, of=of, n=len(d), heads=d.shape[1], unit=metric, block=block, head=head,
                        naive=d.mean().max(), divisions=0, note=_TOO_FEW)
             if len(d)>=6:
                 h = split_half_heads(d, repeats, seed)
                 row |= dict(chosen=h.chosen.mean(), other=h.estimate.mean(), divisions=repeats, note='')
             rows.append(row)
-    return pd.DataFrame(rows, columns=['model','tier','of','n','heads','unit','block','head','naive','chosen','other','divisions','note'])
+    return pd.DataFrame(rows, columns=['model','tier','reader','of','n','heads','unit','block','head','naive','chosen','other','divisions','note'])
 
 # %% ../../nbs/06i_detail.ipynb #12d884fd
 def _last_heads(opened, run, metric):

@@ -377,16 +377,22 @@ def when_figure(table:pd.DataFrame, # of `when_table`
     return _panels(groups, lambda g, ax: when_plot(g, ax, f'shift of {metric}'), 5 if len(groups)==1 else 8.4, lambda g: 2.6)
 
 # %% ../../nbs/06d_figures.ipynb #21fb9fbe
+def _by_reader(table, *by):
+    "Title and rows of each group; where a model has several kinds of map, the title says whose attention they show."
+    several = 'reader' in table and bool((table.groupby('model').reader.nunique()>1).any()) # older tables do not say
+    groups = table.groupby([*by, *['reader']*several], sort=False)
+    return [('  '.join(k[:len(by)])+f'\n{k[-1]}'*several,g) for k,g in groups]
+
 def grid_figure(table:pd.DataFrame, # of `head_grid`, of all models and tiers
     metric:str, # as an axis names it
 )->Figure:
-    "`grid_plot`, a panel for each model and tier, one scale for all."
-    limit,groups = table.estimate.abs().max(),[(f'{m}  {t}',g) for (m,t),g in table.groupby(['model','tier'], sort=False)]
+    "`grid_plot`, a panel for each model, tier and kind of map, one scale for all."
+    limit,groups = table.estimate.abs().max(),_by_reader(table, 'model', 'tier')
     def draw(g, ax):
         grid_plot(g, ax, limit, '')
         for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True))
         return ax
-    fig = _panels(groups, draw, 7.6 if len(groups)>1 else 4, lambda g: .75+.15*g.block.nunique(), columns=3)
+    fig = _panels(groups, draw, 7.6 if len(groups)>1 else 4, lambda g: .75+.15*('reader' in g)+.15*g.block.nunique(), columns=3)
     fig.colorbar(fig.axes[0].images[0], ax=fig.axes, shrink=min(1, 3/fig.get_figheight()), aspect=15).set_label(f'shift of {metric}')
     return fig
 
@@ -411,16 +417,16 @@ def forgetting_figure(table:pd.DataFrame # of `forgetting_table`
 def head_levels_figure(table:pd.DataFrame, # of `head_grid`, of one tier
     metric:str, # as an axis names it
 )->Figure:
-    "Level of every block and head before and after, and the shift, a row for each model; one scale for levels, one for shifts."
+    "Level of every block and head before and after, and the shift, a row for each model and kind of map; one scale for levels, one for shifts."
     top,limit = max(table.before.max(), table.after.max()),table.estimate.abs().max()
     shown = ('before',FROZEN), ('after',table.tier.iloc[0]), ('estimate','shift')
     one = lambda g, column: g.assign(estimate=g[column], level=column!='estimate', p_step_down=g.p_step_down if column=='estimate' else 1.)
-    groups = [(f'{m}  {name}',one(g, column)) for m,g in table.groupby('model', sort=False) for column,name in shown]
+    groups = [(f'{title}  {name}',one(g, column)) for title,g in _by_reader(table, 'model') for column,name in shown]
     def draw(g, ax):
         grid_plot(g, ax, limit, '')
         if g.level.all(): ax.images[0].set(cmap='magma', clim=(0,top))
         for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True))
         return ax
-    fig = _panels(groups, draw, 8.4, lambda g: .75+.15*g.block.nunique(), columns=3)
+    fig = _panels(groups, draw, 8.4, lambda g: .75+.15*('reader' in g)+.15*g.block.nunique(), columns=3)
     for image,label in ((fig.axes[0].images[0],metric), (fig.axes[2].images[0],f'shift of {metric}')): fig.colorbar(image, ax=fig.axes[:len(groups)], shrink=min(1, 2.4/fig.get_figheight()), aspect=15).set_label(label)
     return fig

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-import numpy as np, pandas as pd, pyarrow.parquet as pq, torch
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ from ..attention.metrics import PRIMARY
 from ..attention.scores import score_maps
 from ..backbones.encoders import load_backbone
 from ..backbones.forgetting import RunFeatures, load_features
+from ..backbones.registry import MAP_KINDS
 from ..data.churches import ChurchDataset, Churches, box_mask, church_id, eval_transform
 from ..data.download import load_churches
 from ..data.files import available_cores, read_tensors
@@ -432,23 +433,37 @@ def church_cells(self:OpenStudy,
 
 # %% ../../nbs/06c_reader.ipynb #46d921f2
 def _received_by_church(opened, model, names, metric):
-    seen,tables = opened.photographs(model),[]
+    "As `_grid_by_church`, of what patches receive; None where a run did not store it."
+    seen,cells = opened.photographs(model),[]
     for name in names:
-        maps = opened.maps(name).received.mean(2, keepdim=True)
-        t = score_maps(maps, seen.boxes, [*seen.names], seen.size, [*seen.groups], only=[metric]).query("head=='mean' and metric==@metric")
-        tables.append(t.pivot(index='image', columns='block', values='value'))
-    mean = sum(tables)/len(tables)
-    return mean.groupby(opened.groups(mean.index)).mean().rename_axis('church')
+        stored = opened.maps(name)
+        if not stored.received.shape[1]: return None
+        if stored.images!=seen.names: raise ValueError(f"{name} measured other images than the frozen run of its model, or in another order")
+        t = score_maps(stored.received, seen.boxes, [*seen.names], seen.size, [*seen.groups], only=[metric]).query('metric==@metric')
+        cells.append(_as_cells(pa.Table.from_pandas(t[['image','block','head','value']], preserve_index=False)))
+    return _grid_by_church(opened, cells)
 
 @patch
 def received_cells(self:OpenStudy,
     model:str, # with a pooling head
     tier:str,
     metric:str=PRIMARY,
-)->tuple: # before, after: a row per church, a column per block
-    "Scores of what patches receive in each block, mean over heads, averaged over seeds and then over the images of a church."
+)->tuple: # before, after, as of `church_cells`; empty where a run did not store its blocks
+    "The scores of what patches receive in every block and head, averaged over seeds and then over the images of a church."
     names = [*self.of_kind().query('model==@model and tier==@tier').name]
-    return tuple(self.keep(('received',*runs,metric), lambda: _received_by_church(self, model, runs, metric)) for runs in ([self.frozen[model]], names))
+    found = tuple(self.keep(('received',*runs,metric), lambda: _received_by_church(self, model, runs, metric)) for runs in ([self.frozen[model]], names))
+    return () if any(f is None for f in found) else found
+
+@patch
+def cells_by_reader(self:OpenStudy,
+    model:str,
+    tier:str,
+    metric:str=PRIMARY,
+)->dict: # whose attention, of `MAP_KINDS` -> before, after, as of `church_cells`
+    "Scores of every kind of map that there is of a model: of its feature and, where that is a pooling head's, of what patches receive in the blocks."
+    own,pooling = self.church_cells(model, tier, metric),self.of_kind().query('model==@model').spec.iloc[0]['pooling']
+    blocks = self.received_cells(model, tier, metric) if pooling=='head' else ()
+    return {MAP_KINDS[pooling]:own}|({MAP_KINDS['mean']:blocks} if blocks else {})
 
 # %% ../../nbs/06c_reader.ipynb #36717e7a
 def _slice(path, block):

@@ -183,7 +183,7 @@ def _found_blocks(t):
     return f'Significant among all blocks of a model, tier and kind of map: {_count(up+down, len(t), "blocks")}, {up} up and {down} down.'
 def _found_heads(t):
     up,down = int(t.up.sum()),int(t.down.sum())
-    return f'Significant among all heads of a model and tier: {_count(up+down, int(t.heads.sum()), "heads")}, {up} up and {down} down.'
+    return f'Significant among all heads of a model, tier and kind of map: {_count(up+down, int(t.heads.sum()), "heads")}, {up} up and {down} down.'
 def _found_accuracy(t): return f'Balanced accuracy {_range(t.balanced_accuracy, ".2f")}'+(f'; likeness to the frozen features (cka) {_range(t.cka.dropna(), ".2f")}' if t.cka.notna().any() else '')+'.'
 def _found_faithfulness(t): return f'{len(t.groupby(["model","tier","seed"]))} fine-tuned models were asked with the boxes filled.'
 def _found_turns(t): return f'Attention moves in {_count(int(t.moves.sum()), len(t), "trainings")} that were looked at.'

@@ -149,7 +149,7 @@ class Store { // reads its files when they are asked for, and keeps the last of 
 // ---- small parts of a page
 
 function h(tag, attributes={}, ...children) {
-  const svg = ['svg', 'path'].includes(tag), e = svg ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag)
+  const svg = ['svg', 'path', 'circle', 'title'].includes(tag), e = svg ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag)
   for (const [k, v] of Object.entries(attributes)) {
     if (k.startsWith('on')) e.addEventListener(k.slice(2), v)
     else if (v!==null && v!==false && v!==undefined) e.setAttribute(k, v===true ? '' : v)
@@ -370,7 +370,8 @@ class Explorer {
     const where = shown && `${rows==='pooling head' ? rows : `block ${shown.block}`}, ${shown.head==='mean' ? 'mean of heads' : `head ${shown.head}`}`
     const title = h('h2', {}, h('span', {class: 'wc-dot', style: `background:${color}`, 'aria-hidden': 'true'}), run ? `${model}, ${run.tier}, seed ${run.seed}` : model,
       h('small', {}, where ? ` ${where}` : ''))
-    const only = text => ({row: h('article', {class: 'wc-row'}, title, h('p', {class: 'wc-missing'}, text)), said: text})
+    const curve = shown && this.curve(model, run.tier)
+    const only = text => ({row: h('article', {class: 'wc-row'}, title, h('p', {class: 'wc-missing'}, text), curve), said: text})
     if (!shown) return only(`${model} has no runs of ${this.state.tier}.`)
     if (!found.before) return only(found.why+(found.stored ? ` Their IoU at percentile ${study.q}: ${found.stored.map(v => plain(v)).join(' before, ')} after.` : ''))
     const [a, b] = [found.before, found.after].map(m => m.values.map(v => v*found.even)), d = b.map((v, i) => v-a[i])
@@ -380,7 +381,7 @@ class Explorer {
     const levels = h('p', {})
     const row = h('article', {class: 'wc-row'}, title, h('div', {class: 'wc-panes'}, ...panes.map(p => p.figure), h('div', {class: 'wc-levels'}, levels,
       this.bar(study.scales.heat, plain(ends.low, 1), plain(ends.high, 1), 'share of attention, 1: even'),
-      this.bar(study.scales.difference, signed(-ends.most, digits(ends.most)), signed(ends.most, digits(ends.most)), 'difference of shares'))))
+      this.bar(study.scales.difference, signed(-ends.most, digits(ends.most)), signed(ends.most, digits(ends.most)), 'difference of shares'))), curve)
     const drawn = {row, dress: now => {
       const of = m => m.differs ? `${plain(m.iou)} (table: ${plain(m.stored)}; its processor rounded otherwise)` : plain(m.iou), gain = now.after.iou-now.before.iou
       const paths = [now.before, now.after].map(m => outline(m.kept, size))
@@ -391,6 +392,23 @@ class Explorer {
       drawn.said = `${model}, IoU at percentile ${this.state.q}: ${names[0]} ${plain(now.before.iou)}, ${names[1]} ${plain(now.after.iou)}, difference ${signed(gain)}`
     }}
     return drawn
+  }
+  curve(model, tier) { // the shift at every look at a training, accuracy behind it; nothing where nobody looked
+    const found = this.study.curves.find(c => c.model===model && c.tier===tier); if (!found) return null
+    const {looks, sentence} = found, width = 300, height = 90, edge = 8, first = looks[1]?.[0], last = looks.at(-1)[0] || 1, log = last>20*first
+    const far = log ? e => e<=first ? .4*e/first : .4+Math.log10(e/first) : e => e // as in the figure of the report
+    const least = Math.min(...looks.map(l => l[1])), most = Math.max(...looks.map(l => l[1])), room = most-least // an interval may leave the picture
+    const low = Math.max(least-room, Math.min(least, ...looks.map(l => l[2] ?? least))), high = Math.min(most+room, Math.max(most, ...looks.map(l => l[3] ?? most)))
+    const x = e => edge+(width-2*edge)*far(e)/far(last), up = share => height-edge-(height-2*edge)*share, y = s => up((s-low)/(high-low || 1))
+    const line = points => 'M'+points.map(p => p.join(' ')).join('L'), sure = looks.filter(([, , a, b]) => a!==null && b!==null)
+    const band = [...sure.map(([e, , a]) => [x(e), y(a)]), ...sure.map(([e, , , b]) => [x(e), y(b)]).reverse()]
+    const said = looks.map(([e, s, a, b, v]) => `epoch ${+e.toFixed(2)}: shift ${signed(s)}${a===null ? '' : ` (95 %: ${signed(a)} to ${signed(b)})`}, balanced accuracy ${plain(v ?? undefined, 3)}`)
+    const legend = `Shift of IoU at percentile ${this.study.q} while it trained (line, with its 95 % interval; from ${signed(low)} to ${signed(high)}) and balanced accuracy on validation (dashed; from 0 to 1) against the epoch (0 to ${+last.toFixed(2)}${log ? ', on a scale of logarithms' : ''}).`
+    const svg = h('svg', {viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': `${legend} ${said.join('; ')}`, style: `color:${this.study.models[model].color}`},
+      h('path', {d: line([[x(0), y(0)], [x(last), y(0)]]), class: 'wc-zero'}), sure.length ? h('path', {d: line(band)+'Z', class: 'wc-band'}) : null,
+      h('path', {d: line(looks.map(([e, , , , v]) => [x(e), up(v)])), class: 'wc-learned'}), h('path', {d: line(looks.map(([e, s]) => [x(e), y(s)])), class: 'wc-moved'}),
+      ...looks.map(([e, s], i) => h('circle', {cx: x(e), cy: y(s), r: 3.5}, h('title', {}, said[i]))))
+    return h('figure', {class: 'wc-curve'}, svg, h('figcaption', {}, h('p', {}, sentence), h('p', {}, legend)))
   }
   bar(scale, low, high, label) {
     const stops = Array.from({length: 17}, (_, i) => rgb(color(scale, i/16))).join(',')
