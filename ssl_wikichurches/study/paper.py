@@ -125,7 +125,7 @@ def path_figure(
 )->tuple: # `Exhibit`, or None; and why there is none
     "Accuracy and shift along the lines of weights."
     file = Path(folder)/'paths.csv'
-    if not file.is_file(): return None,f'the lines of weights were not measured (wikichurches_paths {Path(folder).name} --out {Path(folder).name}/paths.csv does it)'
+    if not file.is_file(): return None,f'the lines of weights were not measured (wikichurches_paths {folder} --out {folder}/paths.csv does it)'
     table = pd.read_csv(file)
     if table.own_start.any(): table = table[~table.own_start]
     with plt.style.context(HOUSE): figure = paths_plot(table)[0,0].figure
@@ -139,14 +139,15 @@ COLUMNS = dict(
     frozen='model n mean low high chance ceiling', shift='model tier n seeds before after shift low high p_holm d_z', verdicts='model tier verdict shift low high layout_shift layout_low layout_high detectable',
     tier_contrasts='model tier minus n seeds difference low high p_holm', control_contrasts='model tier minus metric shift control_shift difference low high p', baselines='model baseline n score baseline_score difference low high p_holm',
     robustness='model tier metric better before after shift low high p_bh', styles='model tier style n area before after shift low high', parts='model tier part n before after shift low high p_bh',
-    best_blocks='model tier frozen_block frozen tuned_block tuned best_to_best last_to_last', best_heads='model tier of block head naive chosen other', forgetting='model tier runs cka knn_before knn knn_change change_se',
+    best_blocks='model tier reader frozen_block frozen tuned_block tuned best_to_best last_to_last', best_heads='model tier reader of block head naive chosen other', forgetting='model tier runs cka knn_before knn knn_change change_se',
     supervised='model tier boxes weight n folds shift low high p_holm in_fold accuracy_change', supervision_contrasts='model tier minus n folds difference low high p_holm', costs='model tier trained_weights epochs seconds seeds')
 
 def paper_tables(
     analysis:Analysis,
 )->tuple: # list of `Exhibit`s; name of a table that is left out -> why
     "The tables of a study, as they are printed."
-    made = [Exhibit(k, caption(analysis, k), analysis[k][c.split()]) for k,c in COLUMNS.items() if k in analysis]
+    columns = {k:[c for c in COLUMNS[k].split() if c!='reader' or c in analysis[k]] for k in COLUMNS if k in analysis} # tables of before have no reader
+    made = [Exhibit(k, caption(analysis, k), analysis[k][c]) for k,c in columns.items()]
     return made,{k:why_lacking(analysis, k) for k in COLUMNS if k not in analysis}
 
 # %% ../../nbs/90_paper.ipynb #50a1c38f
@@ -216,7 +217,7 @@ def write_paper(
     return folder,[*figures,*tables],lacking
 
 # %% ../../nbs/90_paper.ipynb #a6bda47a
-CALIBRATION = ('Three drawn worlds whose truth is known: the color of a portal tells the style, and experts box it (boxed); a banner outside of every box tells it (shortcut); nothing tells it (none). Each mark is a '
+CALIBRATION = ('Four drawn worlds whose truth is known: the color of a portal tells the style, and experts box it (boxed); a banner outside of every box tells it (shortcut); nothing tells it (none); many parts tell it, as in reality (parts). Each mark is a '
                'model and a tier; filled where the verdict claims a direction. n: {n} churches in each world, {seeds} seeds. Unit: shift of the metric, after minus before. Interval: of means over churches and seeds, 95 %. '
                'Tests: verdict of the declared family, Holm. Drawn data.')
 
