@@ -51,19 +51,21 @@ def quarter():
     churches = load_churches('synthetic'); split = make_split(churches)
     return TrainData(churches, replace(split, train=split.train[::4], val=split.val[::2], eval=split.eval[:12]), 96)
 
+def sized(request): return replace(quarter(), size=getattr(request.module, 'SIDE', 96))
+
 @pytest.fixture(scope='module')
 def data(request):
     "A quarter of the default photographs to train on, of the size that a file names as `SIDE`."
-    return replace(quarter(), size=getattr(request.module, 'SIDE', 96))
+    return sized(request)
 
 @pytest.fixture(scope='module')
-def two_dozen(data):
+def two_dozen(request):
     "At most seven of these photographs of each style, for what is trained often; a file may take them for its `data`."
-    y = data.labels[list(data.split.train)]
+    data = sized(request); y = data.labels[list(data.split.train)]
     return replace(data, split=replace(data.split, train=tuple(y.groupby(y).head(7).index), val=data.split.val[::3]))
 
 @pytest.fixture(scope='module')
-def images(data): return next(iter(data.loader('eval', 4)))[0]
+def images(request): return next(iter(sized(request).loader('eval', 4)))[0]
 
 @pytest.fixture(scope='session')
 def real():

@@ -82,7 +82,7 @@ def rank_pixels(
 
 # %% ../../nbs/02b_metrics.ipynb #70732379
 def quick(
-    x:torch.Tensor,
+    x:torch.Tensor, # of any shape, on any device
 ): # the same numbers, as an array of numpy if they lie in the memory of the processor
     "What is quicker at comparisons, for operators that tensors and arrays share."
     return x.detach().numpy() if x.device.type=='cpu' else x

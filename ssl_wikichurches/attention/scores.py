@@ -42,7 +42,9 @@ class ScoreOptions:
 # %% ../../nbs/02e_scores.ipynb #b11c1df6
 class once:
     "A property that is computed when first read, and kept; threads do not wait for each other, as in Python 3.11's `cached_property`."
-    def __init__(self, f): self.f = f
+    def __init__(self,
+        f, # method without arguments, whose value is kept
+    ): self.f = f
     def __set_name__(self, owner, name): self.name = name
     def __get__(self, of, owner=None):
         if of is None: return self
@@ -127,8 +129,8 @@ class SoftTargets:
 class Comparison:
     "Maps of one image beside its boxes, or on patches of several, and what several metrics need of the two."
     def __init__(self,
-        maps:ImageMaps,
-        target:BoxTarget, # or `SoftTargets`
+        maps:ImageMaps, # of one image, or of several on patches
+        target:BoxTarget, # of the same image; or `SoftTargets`, of the same images
     ): self.maps,self.target = maps,target
     @once
     def places(self): return find_places(self.maps.ranking, self.target.mask)
@@ -165,7 +167,7 @@ class Metric:
     levels:Callable = None # of a `BoxTarget`, or `SoftTargets` (and the setting): chance and ceiling; None: of even attention and of the soft target
     chance:str = 'of even attention' # in words
     ceiling:str = 'of t itself' # in words
-    source:str = ''
+    source:str = '' # paper that it is from
     better:str = 'higher' # or 'lower'
     setting:str = '' # attribute of `ScoreOptions` that is part of the full name
     companion:bool = False # stands beside the primary metric in every analysis
