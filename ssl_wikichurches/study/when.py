@@ -143,11 +143,12 @@ def turns_table(
     "What may be read off the looks at a training."
     rows,seconds = [],opened.of_kind('all').groupby(['model','tier']).seconds.mean()
     for key,c in opened.keep(('curves',metric), lambda: training_curves(opened, metric)).items():
-        sign,(start,end) = _sign(c),_tests(c)
-        moves,learns = bool((start[1:]<.05).any()),c.learns
+        sign,(start,end),band = _sign(c),_tests(c),shift_test(c.shift.transpose(2,0,1))
+        moves,learns = bool(((start<.05)&((band['low']>0)|(band['high']<0)))[1:].any()),c.learns # over churches alone, and over seeds as well
         row = dict(model=key[0], tier=key[1], n=len(c.shift), seeds=c.shift.shape[1], over=c.over, unit=metric, looks=len(c.steps), moves=moves, learns=learns)
         (lag,same),most = _lag(c, sign),_maximum(c, sign, end)
-        maximum = moves and bool(most['p_maximum']<.05 and sign*most['beyond_end']>0)
+        beyond = shift_test(sign*(c.shift-c.shift[...,-1:]).transpose(2,0,1))['low'][int((sign*c.mean).argmax())]>0 # of churches and seeds
+        maximum = moves and bool(most['p_maximum']<.05 and sign*most['beyond_end']>0 and beyond)
         known = dict(half_learned=learns, half_moved=moves)
         rows.append(row|{k:v if known.get(k, learns and moves) else np.nan for k,v in lag.items()}|dict(order=_order(lag, same) if learns and moves else '')
                     |most|dict(maximum=maximum)|_against(c, sign, start)|dict(cost=c.said.seconds.sum()/seconds[key]))
