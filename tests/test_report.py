@@ -190,7 +190,7 @@ def test_files_of_the_paper(paper, analysis):
     for p in (folder/'figures').glob('*.svg'): assert ElementTree.parse(p).getroot().tag.endswith('svg')
     assert all(p.read_bytes()[:5]==b'%PDF-' for p in (folder/'figures').glob('*.pdf'))
     assert {p.stem for p in (folder/'tables').iterdir()}=={e.name for e in shown if not e.is_figure}>={'frozen','shift','verdicts','control_contrasts','robustness','styles'}
-    assert lacking['supervised'].startswith('no tier used boxes') and 'wikichurches_paths pages' in lacking['paths']
+    assert lacking['supervised'].startswith('no tier used boxes') and '/pages/paths.csv does it' in lacking['paths']
 
 def test_every_caption_says_what_a_number_needs(paper, analysis, drawn):
     for e in paper[1]:

@@ -15,7 +15,6 @@ from ssl_wikichurches.finetune import training as finetune
 from ssl_wikichurches.finetune import semi_supervised
 from ssl_wikichurches.finetune.attn_supervised import EndlessOrder
 from ssl_wikichurches.data.churches import STYLES, ChurchDataset, church_id, read_churches, train_transform
-from ssl_wikichurches.data.download import synthetic_folder
 from ssl_wikichurches.study.plan import Study
 from ssl_wikichurches.study.runs import run_study
 from ssl_wikichurches.finetune.training import StyleModel, make_recipe, new_classifier
@@ -476,6 +475,6 @@ def test_several_processes_are_refused(few, monkeypatch):
     with pytest.raises(ValueError, match='one process'): fit_semi_supervised(load_backbone('tiny-clip'), few[0], SemiSupervisedRecipe())
 
 def test_data_without_unlabelled_photographs_is_refused(data):
-    bare = replace(data, churches=read_churches(synthetic_folder(unlabelled=0), verify=False))
+    bare = replace(data, churches=replace(data.churches, images=data.churches.images.drop(drawn_without(data))))
     assert unlabelled(bare.churches, bare.split)==()
     with pytest.raises(ValueError, match='no photograph without a label'): fit_semi_supervised(None, bare, SemiSupervisedRecipe())
