@@ -1,13 +1,13 @@
 "Truth against verdict: what an interval says, how many seeds agree, what is right."
 import numpy as np, pandas as pd, pytest
 from pathlib import Path
-from ssl_wikichurches.study.calibration import TRUTHS, _agreement, readable_calibration, word
+from ssl_wikichurches.study.calibration import TRUTHS, _agreement, read_calibration, readable_calibration, word
 
 RESULTS = Path(__file__).parents[1]/'results'/'calibration'
 CLAIMS = ('towards','away')
 
 @pytest.fixture(scope='module')
-def table(): return pd.read_csv(RESULTS/'table.csv', keep_default_na=False, na_values='')
+def table(): return read_calibration(RESULTS)
 
 def test_a_word_is_a_side_of_zero():
     assert [word(*ends) for ends in ((.1,.2),(-.2,-.1),(-.1,.2),(0,.1))]==['towards','away','nothing','nothing']

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd, scipy
 from functools import lru_cache
 from itertools import combinations
 from ..finetune.tiers import LINEAR
-from .shift import CONSTANT, IDENTICAL, holm, in_order, paired_shift, score_grids, shift_test
+from .shift import CONSTANT, IDENTICAL, holm, in_order, paired_shift, score_grids, shift_grids, shift_test
 
 # %% ../../nbs/05d_seeds.ipynb #21257208
 def shift_grid(
@@ -108,7 +108,7 @@ def contrasts(
     scores:pd.DataFrame, # columns model, tier, seed, image, church, before, after
 )->pd.DataFrame: # model, tier, minus, n, seeds, over, unit, difference, low, high, t, df, p, p_holm, d_z, note
     "Shift of a tier minus shift of another, paired by church and seed; Holm over all models and pairs of tiers but linear."
-    shifts = {k:after-before for k,(before,after) in score_grids(scores).items() if k[1]!=LINEAR}
+    shifts = {k:d for k,d in shift_grids(scores).items() if k[1]!=LINEAR}
     order = [k for k,_ in in_order([(k,None) for k in shifts])]
     pairs = [(a,b) for a,b in combinations(order, 2) if a[0]==b[0]]
     rows = [dict(model=a[0], tier=b[1], minus=a[1], unit='score')|shift_difference(shifts[a], shifts[b]) for a,b in pairs]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IDENTICAL', 'CONSTANT', 'ONE_MODEL', 'RECIPE', 'BLOCK', 'COLUMNS', 'TIER_ORDER', 'mean_squares', 'shift_test',
            'equivalence_p', 'hedges_factor', 'resampled_means', 'bca_interval', 'paired_shift', 'check_scores',
-           'by_church', 'score_grids', 'assert_identical', 'holm', 'in_order', 'uncorrected_shifts', 'in_family',
-           'shift_table', 'pair_scores', 'readable_table']
+           'by_church', 'score_grids', 'shift_grids', 'assert_identical', 'holm', 'in_order', 'uncorrected_shifts',
+           'in_family', 'shift_table', 'pair_scores', 'readable_table']
 
 # %% ../../nbs/05_iou_stats.ipynb #121743a2
 import gc, os
@@ -189,6 +189,13 @@ def score_grids(
     means = by_church(check_scores(scores), ['model','tier','seed'])
     pairs = {k:means.loc[k] for k in dict.fromkeys(zip(scores.model, scores.tier))}
     return {k:tuple(m[c].unstack('seed') for c in ('before','after')) for k,m in pairs.items()}
+
+# %% ../../nbs/05_iou_stats.ipynb #6e881996
+def shift_grids(
+    scores:pd.DataFrame, # as of `score_grids`; may be empty
+)->dict: # (model, tier) -> after minus before (churches, seeds)
+    "The shifts of every model and tier by church and seed."
+    return {k:after-before for k,(before,after) in score_grids(scores).items()} if len(scores) else {}
 
 # %% ../../nbs/05_iou_stats.ipynb #5ec2b40e
 def assert_identical(

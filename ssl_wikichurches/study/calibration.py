@@ -19,7 +19,7 @@ from ..attention.scores import gain_sign
 from ..data.files import write_tensors
 from ..finetune.tiers import LINEAR
 from ..stats.seeds import shift_difference
-from ..stats.shift import score_grids, shift_test
+from ..stats.shift import shift_grids, shift_test
 from .figures import tier_marker
 from .reader import OpenStudy, open_study
 from .specificity import control_contrasts, verdict_table
@@ -41,9 +41,8 @@ def word(
 def _seed_shifts(opened, metric):
     rows = []
     for kind in ('plain','control'):
-        scores = opened.scores(metric, kind=kind)
-        for (model,tier),(before,after) in score_grids(scores[scores.tier!=LINEAR]).items() if len(scores) else ():
-            d = after-before
+        for (model,tier),d in shift_grids(opened.scores(metric, kind=kind)).items():
+            if tier==LINEAR: continue
             found = shift_test(d.to_numpy().T[...,None])
             rows.append(pd.DataFrame(dict(model=model, tier=tier, kind=kind, seed=d.columns, metric=metric, **{k:found[k] for k in ('shift','low','high','p')})))
     return pd.concat(rows, ignore_index=True)
@@ -58,9 +57,9 @@ def seed_shifts(
 # %% ../../nbs/06t_calibration.ipynb #be8596c4
 def _differences(opened, metric, k):
     "Shift minus that of the control, per model and tier, and how often it is zero to `k` of the seeds."
-    grids = {kind:{key:b-a for key,(a,b) in score_grids(opened.scores(metric, kind=kind)).items()} for kind in ('plain','control')}
+    plain,control = (shift_grids(opened.scores(metric, kind=kind)) for kind in ('plain','control'))
     for r in control_contrasts(opened, metric).itertuples():
-        mine,theirs = grids['plain'][r.model,r.tier],grids['control'][r.model,r.minus]
+        mine,theirs = plain[r.model,r.tier],control[r.model,r.minus]
         few = [shift_difference(theirs[[*s]], mine[[*s]]) for s in combinations([s for s in mine.columns if s in {*theirs.columns}], k)]
         yield dict(model=r.model, tier=r.tier, control=r.minus, difference=r.difference, difference_low=r.low, difference_high=r.high,
                    holds_zero=np.mean([d['low']<=0<=d['high'] for d in few]) if few else np.nan)

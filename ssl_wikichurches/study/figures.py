@@ -383,6 +383,8 @@ def _by_reader(table, *by):
     groups = table.groupby([*by, *['reader']*several], sort=False)
     return [('  '.join(k[:len(by)])+f'\n{k[-1]}'*several,g) for k,g in groups]
 
+def _grid_height(g): return .75+.15*('reader' in g)+.15*g.block.nunique() # inches, of a panel with a row for each block
+
 def grid_figure(table:pd.DataFrame, # of `head_grid`, of all models and tiers
     metric:str, # as an axis names it
 )->Figure:
@@ -392,7 +394,7 @@ def grid_figure(table:pd.DataFrame, # of `head_grid`, of all models and tiers
         grid_plot(g, ax, limit, '')
         for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True))
         return ax
-    fig = _panels(groups, draw, 7.6 if len(groups)>1 else 4, lambda g: .75+.15*('reader' in g)+.15*g.block.nunique(), columns=3)
+    fig = _panels(groups, draw, 7.6 if len(groups)>1 else 4, _grid_height, columns=3)
     fig.colorbar(fig.axes[0].images[0], ax=fig.axes, shrink=min(1, 3/fig.get_figheight()), aspect=15).set_label(f'shift of {metric}')
     return fig
 
@@ -427,6 +429,6 @@ def head_levels_figure(table:pd.DataFrame, # of `head_grid`, of one tier
         if g.level.all(): ax.images[0].set(cmap='magma', clim=(0,top))
         for axis in (ax.xaxis, ax.yaxis): axis.set_major_locator(MaxNLocator(6, integer=True))
         return ax
-    fig = _panels(groups, draw, 8.4, lambda g: .75+.15*('reader' in g)+.15*g.block.nunique(), columns=3)
+    fig = _panels(groups, draw, 8.4, _grid_height, columns=3)
     for image,label in ((fig.axes[0].images[0],metric), (fig.axes[2].images[0],f'shift of {metric}')): fig.colorbar(image, ax=fig.axes[:len(groups)], shrink=min(1, 2.4/fig.get_figheight()), aspect=15).set_label(label)
     return fig

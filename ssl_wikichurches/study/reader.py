@@ -432,13 +432,16 @@ def church_cells(self:OpenStudy,
     return self.keep(('church cells',model,tier,metric), lambda: _church_cells(self, model, tier, metric))
 
 # %% ../../nbs/06c_reader.ipynb #46d921f2
+def _check_images(opened, model, run, images):
+    if images!=opened.photographs(model).names: raise ValueError(f"{run} measured other images than the frozen run of its model, or in another order")
+
 def _received_by_church(opened, model, names, metric):
     "As `_grid_by_church`, of what patches receive; None where a run did not store it."
     seen,cells = opened.photographs(model),[]
     for name in names:
         stored = opened.maps(name)
         if not stored.received.shape[1]: return None
-        if stored.images!=seen.names: raise ValueError(f"{name} measured other images than the frozen run of its model, or in another order")
+        _check_images(opened, model, name, stored.images)
         t = score_maps(stored.received, seen.boxes, [*seen.names], seen.size, [*seen.groups], only=[metric]).query('metric==@metric')
         cells.append(_as_cells(pa.Table.from_pandas(t[['image','block','head','value']], preserve_index=False)))
     return _grid_by_church(opened, cells)
@@ -484,7 +487,7 @@ def mean_maps(self:OpenStudy,
     "A run's maps of one block, mean over heads. Refused if they are not of the images that the frozen run of its model measured."
     model = self.keep('model of', lambda: dict(zip(self.runs.name, self.runs.model)))[run]
     images,maps = self.keep(('mean maps',run,block), lambda: _slice(self.path/run/'maps.safetensors', block))
-    if images!=self.photographs(model).names: raise ValueError(f"{run} measured other images than the frozen run of its model, or in another order")
+    _check_images(self, model, run, images)
     return maps
 
 # %% ../../nbs/06c_reader.ipynb #0dc68268

@@ -14,7 +14,7 @@ from ..attention.scores import gain_sign
 from ..finetune.tiers import CONTROLS, LINEAR, tier_method
 from ..stats.planted import mass_of_shift
 from ..stats.seeds import shift_difference
-from ..stats.shift import ONE_MODEL, holm, in_family, readable_table, score_grids, uncorrected_shifts
+from ..stats.shift import ONE_MODEL, holm, in_family, readable_table, shift_grids, uncorrected_shifts
 from .reader import OpenStudy
 from .tables import equivalence_column, plain_shifts
 
@@ -48,9 +48,8 @@ def _controls_of(tier, tiers):
 CONTRAST_COLUMNS = ['model','tier','minus','of','n','seeds','over','shift','control_shift','difference','low','high','t','df','p']
 
 def _all_contrasts(opened, metric):
-    shifts = lambda kind: {k:after-before for k,(before,after) in score_grids(opened.scores(metric, kind=kind)).items()}
-    controls,rows = shifts('control') if len(opened.scores(metric, kind='control')) else {},[]
-    for (model,tier),mine in shifts('plain').items():
+    controls,rows = shift_grids(opened.scores(metric, kind='control')),[]
+    for (model,tier),mine in shift_grids(opened.scores(metric)).items():
         if tier==LINEAR: continue
         for c in _controls_of(tier, [t for m,t in controls if m==model]).values():
             theirs = controls[model,c]

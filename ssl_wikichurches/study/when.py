@@ -113,13 +113,14 @@ def _against(curves, sign, p_start):
 
 def _maximum(curves, sign, p_end):
     "The look that moved most, and what is left of it at the end."
-    beyond = pd.DataFrame(sign*(curves.shift-curves.shift[...,-1:]).mean(1), columns=pd.Index(curves.steps, name='head'))
-    at = int((sign*curves.mean).argmax())
+    gap,at = sign*(curves.shift-curves.shift[...,-1:]),int((sign*curves.mean).argmax())
+    beyond = pd.DataFrame(gap.mean(1), columns=pd.Index(curves.steps, name='head'))
     higher = beyond.mean().to_numpy()>0
     p = np.nanmin(p_end[higher]) if higher.any() and np.isfinite(p_end[higher]).any() else np.nan
     crossed = float(split_half_heads(beyond).estimate.mean()) if len(beyond)>=6 else np.nan
     best = int(curves.accuracy.mean(0).argmax())
     return dict(peak_epoch=curves.epochs[at], peak=curves.mean[at], end=curves.mean[-1], beyond_end=sign*crossed, p_maximum=p,
+                maximum=bool(p<.05 and crossed>0 and shift_test(gap.transpose(2,0,1))['low'][at]>0), # also over churches and seeds
                 best_epoch=curves.epochs[best], at_best=curves.mean[best])
 
 # %% ../../nbs/06Y_when.ipynb #6a65e92a
@@ -147,11 +148,9 @@ def turns_table(
         moves,learns = bool(((start<.05)&((band['low']>0)|(band['high']<0)))[1:].any()),c.learns # over churches alone, and over seeds as well
         row = dict(model=key[0], tier=key[1], n=len(c.shift), seeds=c.shift.shape[1], over=c.over, unit=metric, looks=len(c.steps), moves=moves, learns=learns)
         (lag,same),most = _lag(c, sign),_maximum(c, sign, end)
-        beyond = shift_test(sign*(c.shift-c.shift[...,-1:]).transpose(2,0,1))['low'][int((sign*c.mean).argmax())]>0 # of churches and seeds
-        maximum = moves and bool(most['p_maximum']<.05 and sign*most['beyond_end']>0 and beyond)
         known = dict(half_learned=learns, half_moved=moves)
         rows.append(row|{k:v if known.get(k, learns and moves) else np.nan for k,v in lag.items()}|dict(order=_order(lag, same) if learns and moves else '')
-                    |most|dict(maximum=maximum)|_against(c, sign, start)|dict(cost=c.said.seconds.sum()/seconds[key]))
+                    |most|dict(maximum=moves and most['maximum'])|_against(c, sign, start)|dict(cost=c.said.seconds.sum()/seconds[key]))
     columns = ['model','tier','n','seeds','over','unit','looks','moves','learns','half_learned','half_moved','lag','lag_low','lag_high','order',
                'peak_epoch','peak','end','beyond_end','p_maximum','maximum','best_epoch','at_best','against_epoch','against','p_against','cost']
     return pd.DataFrame(rows, columns=columns)
