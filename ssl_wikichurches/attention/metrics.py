@@ -127,10 +127,11 @@ def find_places(
     same = quick(torch.zeros(len(values)+1, dtype=torch.bool, device=mask.device)) # whether a value is the one before
     same[1:-1] = values[1:]==values[:-1]
     same[::n] = False # every map begins anew
-    begins,ends = places_of(same[1:]&~same[:-1]),places_of(same[:-1]&~same[1:]) # of runs of more than one
+    turns = places_of(same[1:]!=same[:-1])
+    begins,ends = turns[::2],turns[1::2] # of runs of more than one
     tied = places_of(same[place]|same[place+1])
     run = _behind(begins, place[tied])-1
-    first,last,upto = place+0,place+0,places_of(place>=0)+1 # of a pixel whose value is its own
+    first,last,upto = place+0,place+0,quick(torch.arange(1, len(place)+1, device=mask.device)) # of a pixel whose value is its own
     first[tied],last[tied],upto[tied] = begins[run],ends[run],_behind(place, ends[run])
     found,maps = [torch.as_tensor(t).view(len(values)//n, -1) for t in (place, first, last, upto)],torch.arange(len(values)//n, device=mask.device)[:,None]
     if len(maps)>1: found = [t-each*maps for t,each in zip(found, (n, n, n, found[0].shape[1]))]

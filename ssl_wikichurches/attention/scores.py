@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import islice, repeat
 import numpy as np, pandas as pd, torch
 from ..data.files import read_csv
 from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
@@ -318,9 +318,9 @@ def _asked(target, asked, patches):
 # %% ../../nbs/02e_scores.ipynb #677a569d
 def _array(x): return x.cpu().numpy() if isinstance(x, torch.Tensor) else x
 
-def _scores(c, asked):
-    "Full name -> values, and the numbers on which their levels depend, or None: arrays (m), or (t, m)."
-    return {name:(_array(m.score(c, *setting)), _array(m.per_map(c)) if m.per_map else None) for name,(m,setting) in asked.items()}
+def _score(c, metric, setting):
+    "Values, and the numbers on which their levels depend, or None: arrays (m), or (t, m)."
+    return _array(metric.score(c, *setting)),_array(metric.per_map(c)) if metric.per_map else None
 
 # %% ../../nbs/02e_scores.ipynb #11b8fa86
 def _levels(metric, setting, target, numbers):
@@ -332,14 +332,21 @@ def _levels(metric, setting, target, numbers):
 
 # %% ../../nbs/02e_scores.ipynb #bfd44cf2
 def _on_pixels(maps, targets, asked, chunk):
-    "For each target of an image: full name -> (values, chance, ceiling) of maps (m, g, g), each a number or (m)."
-    asked,found = [_asked(t, asked, False) for t in targets],[[] for _ in targets]
-    few = all(len(a)<4 and {m.name for m,_ in a.values()}<={'iou'} for a in asked)
-    for part in maps.split(chunk) if any(asked) else ():
-        image = ImageMaps(part, len(targets[0].mask), targets[0].options, few)
-        check_maps(image.pixels, targets[0].mask)
-        for scores,t,a in zip(found, targets, asked): scores.append(_scores(Comparison(image, t), a))
-    return [{k:_joined(m, setting, t, [f[k] for f in scores]) for k,(m,setting) in a.items()} for scores,t,a in zip(found, targets, asked)]
+    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g), each a number or (m)."
+    pairs = [(i,t,_asked(t, asked, False),{}) for i,some in enumerate(targets) for t in some]
+    few = all(len(a)<4 and {m.name for m,_ in a.values()}<={'iou'} for _,_,a,_ in pairs)
+    for part in maps.split(max(1, chunk//len(maps)), 1) if any(a for _,_,a,_ in pairs) else ():
+        images = [ImageMaps(p, len(some[0].mask), some[0].options, few) for p,some in zip(part, targets)]
+        for image,some in zip(images, targets): check_maps(image.pixels, some[0].mask)
+        compared = [Comparison(images[i], t) for i,t,_,_ in pairs]
+        for name,(m,setting) in asked.items():
+            for c,(_,_,a,found) in zip(compared, pairs):
+                if name in a: found.setdefault(name, []).append(_score(c, m, setting))
+    for name,(m,setting) in asked.items():
+        for _,t,a,found in pairs:
+            if name in a: found[name] = _joined(m, setting, t, found[name])
+    each = iter(pairs)
+    return [[next(each)[-1] for _ in some] for some in targets]
 
 def _joined(metric, setting, target, parts):
     values,numbers = (x[0] if len(x)==1 or x[0] is None else np.concatenate(x) for x in zip(*parts))
@@ -355,17 +362,20 @@ def _on_patches(maps, seen, asked, options):
         if able not in of:
             soft,pooled,_ = zip(*(seen[i] for i in able))
             of[able] = Comparison(ImageMaps(maps[[*able]], None, options), SoftTargets(soft, pooled, options))
-        values,_ = _scores(of[able], {name: (m,setting)})[name]
+        values,_ = _score(of[able], m, setting)
         for i,*row in zip(able, values, *(np.broadcast_to(x, len(able)) for x in _levels(m, setting, of[able].target, None))): found[i][name] = row
     return found
 
 # %% ../../nbs/02e_scores.ipynb #ab261a7e
 def _score_block(maps, targets, asked, chunk, options):
-    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g). An image's targets are let go before the next one's are made."
-    found,seen,of = [],[],[]
-    for i,some in enumerate(targets):
-        found.append(_on_pixels(maps[i], some, asked, chunk))
-        if any(m.patches for m,_ in asked.values()): seen,of = seen+[(t.soft,t.pooled,_asked(t, asked, True)) for t in some],of+[i]*len(some)
+    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g)."
+    found,seen,of,each = [],[],[],max(1, chunk//maps.shape[1])
+    for first in range(0, len(maps), each):
+        some = [*islice(targets, each)]
+        found += _on_pixels(maps[first:first+each], some, asked, chunk)
+        if any(m.patches for m,_ in asked.values()):
+            seen += [(t.soft,t.pooled,_asked(t, asked, True)) for ts in some for t in ts]
+            of += [i for i,ts in enumerate(some, first) for _ in ts]
     more = iter(_on_patches(maps[of], seen, asked, options)) if seen else repeat({})
     return [[f|next(more) for f in scores] for scores in found]
 
