@@ -288,7 +288,7 @@ def shuffled_auroc(
     "Probability that a pixel in the boxes outranks one in another image's boxes (Tatler et al., 2005), ties one half."
     if others.shape!=maps.shape[-2:]:
         raise ValueError(f"maps are {tuple(maps.shape)}, others are {tuple(others.shape)}: expected one frame")
-    low,high = torch.aminmax(others)
+    low,high = range_of(others)
     if low<0 or not high>0:
         raise ValueError("others are negative, or zero everywhere: make them with `loo_prior(masks, eps=0)`")
     p = places_in(maps, mask, places)

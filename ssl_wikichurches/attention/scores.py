@@ -349,7 +349,7 @@ def _on_pixels(maps, targets, asked, chunk):
     return [[next(each)[-1] for _ in some] for some in targets]
 
 def _joined(metric, setting, target, parts):
-    values,numbers = (x[0] if len(x)==1 or x[0] is None else np.concatenate(x) for x in zip(*parts))
+    values,numbers = parts[0] if len(parts)==1 else (None if x[0] is None else np.concatenate(x) for x in zip(*parts))
     return values,*_levels(metric, setting, target, numbers)
 
 # %% ../../nbs/02e_scores.ipynb #6b158aad
