@@ -127,12 +127,11 @@ def find_places(
     same = quick(torch.zeros(len(values)+1, dtype=torch.bool, device=mask.device)) # whether a value is the one before
     same[1:-1] = values[1:]==values[:-1]
     same[::n] = False # every map begins anew
-    turns = places_of(same[1:]!=same[:-1])
-    begins,ends = turns[::2],turns[1::2] # of runs of more than one
+    turns = places_of(same[1:]!=same[:-1]) # where runs of more than one begin and end, by turns
     tied = places_of(same[place]|same[place+1])
-    run = _behind(begins, place[tied])-1
+    run = (_behind(turns, place[tied])-1)//2*2
     first,last,upto = place+0,place+0,quick(torch.arange(1, len(place)+1, device=mask.device)) # of a pixel whose value is its own
-    first[tied],last[tied],upto[tied] = begins[run],ends[run],_behind(place, ends[run])
+    first[tied],last[tied],upto[tied] = turns[run],turns[run+1],_behind(place, turns[run+1])
     found = [torch.as_tensor(t).view(*shape, -1) for t in (place, first, last, upto)]
     if len(values)>n:
         maps = torch.arange(len(values)//n, device=mask.device).view(*shape, 1)

@@ -18,8 +18,8 @@ from ..data.files import read_csv
 from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
 from ..backbones.encoders import Backbone
 from .capture import pooled_maps, regrid
-from .metrics import (PRIMARY, auroc, chances_of_top, check_maps, find_places, iou_ceiling,
-    iou_of_largest, iou_of_top, n_kept, places_of, rank_pixels, shares, totals, upsample)
+from .metrics import (PRIMARY, auroc, chances_of_top, find_places, iou_ceiling,
+    iou_of_largest, iou_of_top, n_kept, places_of, range_of, rank_pixels, shares, totals, upsample)
 from .saliency_metrics import (EPS, PRIOR_EPS, average_precision, average_precision_chance, best_iou_chance,
     correlation, densities_of_others, dilate, emd, hits_by_box, kinds_of, kl_divergence, mean_and_sd, mix_even, n_holding, nss,
     peaks_of, pointing_game, rank_accuracy, shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target)
@@ -85,8 +85,8 @@ class BoxTarget:
         others:torch.Tensor=None, # (s, s) how often boxes of other groups are there, sums to 1; None: there are no other groups
     ):
         self.boxes,self.grid,self.options,self.others = boxes,grid,options,others
-        self.mask = torch.from_numpy(boxes.cpu().numpy().any(0)).to(boxes.device)
-        self.n,self.area = self.mask.numel(),int(self.mask.count_nonzero())
+        mask = boxes.cpu().numpy().any(0)
+        self.mask,self.n,self.area = torch.from_numpy(mask).to(boxes.device),mask.size,np.count_nonzero(mask)
         self.kept = [n_kept(self.n, q) for q in options.percentiles] # numbers of pixels
     @once
     def at(self): return places_of(self.mask.flatten()) # pixels of the mask
@@ -334,19 +334,19 @@ def _levels(metric, setting, target, numbers):
 def _on_pixels(maps, targets, asked, chunk):
     "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g), each a number or (m)."
     pairs = [(i,t,_asked(t, asked, False),{}) for i,some in enumerate(targets) for t in some]
-    few = all(len(a)<4 and {m.name for m,_ in a.values()}<={'iou'} for _,_,a,_ in pairs)
-    for part in maps.split(max(1, chunk//len(maps)), 1) if any(a for _,_,a,_ in pairs) else ():
+    few = all(len(names)<4 and {m.name for m,_ in names.values()}<={'iou'} for _,_,names,_ in pairs)
+    for part in maps.split(max(1, chunk//len(maps)), 1) if any(names for _,_,names,_ in pairs) else ():
         images = [ImageMaps(p, len(some[0].mask), some[0].options, few) for p,some in zip(part, targets)]
-        for image,some in zip(images, targets): check_maps(image.pixels, some[0].mask)
+        for image in images: range_of(image.pixels) # which refuses what is not finite
         compared = [Comparison(images[i], t) for i,t,_,_ in pairs]
         for name,(m,setting) in asked.items():
-            for c,(_,_,a,found) in zip(compared, pairs):
-                if name in a: found.setdefault(name, []).append(_score(c, m, setting))
+            for c,(_,_,names,found) in zip(compared, pairs):
+                if name in names: found.setdefault(name, []).append(_score(c, m, setting))
     for name,(m,setting) in asked.items():
-        for _,t,a,found in pairs:
-            if name in a: found[name] = _joined(m, setting, t, found[name])
-    each = iter(pairs)
-    return [[next(each)[-1] for _ in some] for some in targets]
+        for _,t,names,found in pairs:
+            if name in names: found[name] = _joined(m, setting, t, found[name])
+    each = (found for *_,found in pairs)
+    return [[next(each) for _ in some] for some in targets]
 
 def _joined(metric, setting, target, parts):
     values,numbers = parts[0] if len(parts)==1 else (None if x[0] is None else np.concatenate(x) for x in zip(*parts))
