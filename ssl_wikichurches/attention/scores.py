@@ -512,6 +512,7 @@ def score_maps(
     others_of = _densities(boxes, size, groups, only, options)
     asked = _all_asked(only, options)
     used = replace(options, percentiles=tuple(q for q in options.percentiles if f'iou@{q:g}' in asked))
+    @torch.inference_mode() # no operation asks whether gradients are wanted
     def of_block(images):
         m = maps[images.start:images.stop].float()
         if len(heads)>1: m = torch.cat([m, m.mean(2, keepdim=True)], dim=2)
