@@ -27,7 +27,7 @@ DESIGNS = ((1,0.),(1,1.),(1,3.),(2,0.),(2,1.),(2,3.),(3,0.),(3,1.),(3,3.),(5,1.)
 STILL = (0,0,0)
 TRUTHS = {'no shift':((0,0),STILL,STILL), 'as a control':((.5,.5),(.5,0,0),(.5,0,0)), 'one test short':((2,2),(2,0,0),STILL), 'layout':((.5,0),STILL,STILL),
           'towards, d_z .2':((.2,.2),STILL,STILL), 'towards, d_z .4':((.4,.4),STILL,STILL), 'towards, d_z .6':((.6,.6),STILL,STILL)} # d_z of the tiers by both metrics; of the controls by each
-Row = namedtuple('Row', 'seeds gain p_holm layout_gain layout_p beyond not_beyond p_joint_holm p_none')
+Row = namedtuple('Row', 'seeds gain p_holm second_gain second_p beyond not_beyond p_joint_holm p_none')
 
 def draw(rng, truth, studies, seeds, seed_sd):
     "Shifts by both metrics, (metrics, studies, tiers and controls, churches, seeds)."
