@@ -25,6 +25,7 @@ from ..attention.metrics import PRIMARY, coverage, n_kept, shares, upsample
 from ..attention.plots import before_after_strip
 from .blind_baselines import border_scores, masked_scores, top_pixels
 from .reader import OpenStudy, beside_frozen
+from .specificity import frozen_artifacts
 from .tables import plain_shifts, robustness_table
 from ..finetune.tiers import FROZEN, LINEAR
 

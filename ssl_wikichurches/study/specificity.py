@@ -212,7 +212,7 @@ def second_witness(
     r, # a row of `verdict_table`, as `itertuples` gives it
 )->tuple: # what it is, shift, low, high, p
     "What has to confirm a shift: the layout-free metric, or of a loss the declared one without border and artifacts."
-    if pd.notna(r.inside_shift): return f'{r.metric} without border and artifacts',r.inside_shift,r.inside_low,r.inside_high,r.inside_p
+    if pd.notna(getattr(r, 'inside_shift', np.nan)): return f'{r.metric} without border and artifacts',r.inside_shift,r.inside_low,r.inside_high,r.inside_p
     return r.layout_metric,r.layout_shift,r.layout_low,r.layout_high,r.layout_p
 
 def verdict_sentence(
