@@ -104,7 +104,7 @@ def _agreement(seeds, said, better):
 def calibration_table(
     opened:OpenStudy, # of one world
     world:str, # key of `TRUTHS`
-)->pd.DataFrame: # world, truth, model, tier, n, seeds, accuracy, probe, per metric shift, low, high, says, agree, and columns of `control_differences`; beyond, verdict, claims, right
+)->pd.DataFrame: # world, truth, model, tier, n, seeds, accuracy, probe, per metric shift, low, high, says, agree, and columns of `control_differences`; inside_shift, inside_p (of a loss), beyond, verdict, claims, right
     "Truth against verdict, a row for each model and tier."
     metrics = opened.study.declaration.metric,opened.study.declaration.layout_free
     t,accuracy = verdict_table(opened),accuracy_table(opened).set_index(['model','tier']).accuracy
@@ -122,7 +122,7 @@ def calibration_table(
         more = control_differences(opened, metric).drop_duplicates(['model','tier']) # of several controls the first
         out = out.merge(more.rename(columns={c:own+c for c in more.columns[2:]}), on=['model','tier'], how='left', validate='one_to_one')
     claims = t.verdict.where(t.verdict.isin(('towards','away')), 'nothing')
-    out = out.assign(beyond=t.beyond, verdict=t.verdict, claims=claims, right=claims.isin(TRUTHS[world]))
+    out = out.assign(inside_shift=t.inside_shift, inside_p=t.inside_p, beyond=t.beyond, verdict=t.verdict, claims=claims, right=claims.isin(TRUTHS[world]))
     return out[['world','truth',*out.columns.drop(['world','truth'])]]
 
 # %% ../../nbs/06t_calibration.ipynb #3024efb8
