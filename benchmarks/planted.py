@@ -1,4 +1,4 @@
-"Does a study find, four times out of five, the share of the attention that `detectable_mass` names? Five hundred planted studies a row: python benchmarks/planted.py"
+"Does a study find, four times out of five, the share of the attention that `detectable_mass` names? Planted studies, with other chance: python benchmarks/planted.py"
 import pandas as pd, torch
 from fastcore.script import call_parse
 from ssl_wikichurches.attention.capture import pooled_maps
@@ -13,17 +13,19 @@ def rows(model, metrics, seeds, moved, studies):
     boxes,names = [i['boxes'] for i in items],[i['name'] for i in items]
     maps = pooled_maps(backbone, torch.stack([i['image'] for i in items]))[:,-1].mean(1)
     of = maps,boxes,names,backbone.spec.size,[*map(church_id, names)]
-    for r in detectable_mass(*of, metrics=metrics, seeds=seeds, moved=moved).itertuples():
-        for share in (0,r.share):
-            scores = planted_scores(*of, (0,share), (r.metric,), moved, draws=40, seed=1)[r.metric]
-            found = planted_power(scores[:,0], scores[:,1], r.seeds, studies=studies)
-            yield dict(model=model, metric=r.metric, n=r.n, seeds=r.seeds, moved=moved, share=share, promised=r.power if share else .025, found=found)
+    promised = detectable_mass(*of, metrics=metrics, seeds=seeds, moved=moved)
+    for metric,g in promised.groupby('metric', sort=False):
+        before,*after = planted_scores(*of, (0,*g.share), (metric,), moved, draws=len(maps)-1, seed=1)[metric].swapaxes(0, 1) # every other church once
+        for k,r in enumerate(g.itertuples()):
+            for share,scores,expected in ((0,before,.025),(r.share,after[k],r.power)):
+                found = planted_power(before, scores, r.seeds, studies=studies, seed=1)
+                yield dict(model=model, metric=metric, n=r.n, seeds=r.seeds, moved=moved, share=share, promised=expected, found=found)
 
 @call_parse
 def main(
     out:str='results/statistics/planted.csv',
     models:str='tiny-dinov2,tiny-clip,tiny-siglip', # with commas
-    studies:int=500, # of each row
+    studies:int=4000, # of each row
 ):
     "Write the promised and the found power of planted studies."
     torch.set_num_threads(1)

@@ -11,14 +11,15 @@ from ssl_wikichurches.data.churches import church_id, read_churches
 from ssl_wikichurches.data.download import load_churches
 from ssl_wikichurches.finetune.tiers import CONTROLS, tier_method
 from ssl_wikichurches.study.plan import Study, tier_recipe
-from ssl_wikichurches.study.runs import evaluate_maps, run_study
+from ssl_wikichurches.study.runs import evaluate_maps, run_study, store_scores
 from ssl_wikichurches.finetune.training import TrainData, make_recipe
 from ssl_wikichurches.finetune.full import FullRecipe, fit_full
-from ssl_wikichurches.attention.maps import load_maps
+from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.report import save_results, write_report
 from ssl_wikichurches.study.analysis import analyse
 from ssl_wikichurches.study.reader import load_run, open_study, rescore
 from ssl_wikichurches.study.specificity import control_contrasts, control_table, readable_result, verdict_sentence, verdict_table
+from ssl_wikichurches.stats.planted import box_shares
 from ssl_wikichurches.stats.seeds import seed_variance
 from ssl_wikichurches.study.tables import study_table
 from ssl_wikichurches.data.splits import load_split, make_split
@@ -249,8 +250,31 @@ def test_the_verdict_on_planted_shifts(root):
     planted(root, 'other_task', 3.)
     row = verdict_of(root)
     assert (row.verdict, row.beyond, row.not_beyond)==('no more than any training','random_labels, random_init','other_task') and row.p_joint>.05
-    planted(root, 'full', -6.) # a loss is a finding, too
-    assert verdict_of(root).verdict=='away' and verdict_of(root).p_joint<.001
+
+def laid(root, tier, change):
+    "The maps of a tier's runs, changed: a function of maps (n, L, H, g, g) and of the share of each patch that is inside a box (n, 1, 1, g, g); scored again."
+    opened = open_study(root)
+    seen = opened.photographs('tiny-clip')
+    for folder in root.glob(f'tiny-clip-{tier}-seed*'):
+        m = load_maps(folder/'maps.safetensors')
+        inside = box_shares(seen.boxes, seen.size, m.maps.shape[-1])[:,None,None]
+        changed = replace(m, maps=change(m.maps.double(), inside).half(), **{k:getattr(m, k).clone() for k in ('prefix','received','artifacts')}) # not of the file that is written over
+        save_maps(folder/'maps.safetensors', changed)
+        store_scores(folder, changed, seen.boxes, seen.groups)
+
+def test_a_loss_is_a_finding_where_it_is_not_one_of_layout(root):
+    laid(root, 'full', lambda maps, inside: maps*(1-inside)+1e-4)
+    laid(root, 'random_init', lambda maps, inside: maps*(1+inside)) # which begins where there is little to lose
+    row = verdict_of(root)
+    assert row.verdict=='away' and row.beyond=='random_labels, other_task, random_init' and row.p_joint<.01 and row.inside_shift<0 and row.inside_p<.01
+    assert 'away from the boxed parts' in sentence_of(root) and f'iou@90 without border and artifacts {row.inside_shift:+.4f}' in sentence_of(root)
+    assert verdict_table(open_study(root)).query("tier!='full'").inside_p.isna().all()
+
+def test_to_leave_for_the_border_is_layout(root):
+    ring = torch.ones(8, 8, dtype=torch.double); ring[1:-1,1:-1] = 0
+    laid(root, 'full', lambda maps, inside: maps+ring*(.5+inside.mean((-2,-1), keepdim=True)))
+    row = verdict_of(root)
+    assert row.verdict=='layout only' and row['shift']<0 and row.p_holm<.05 and not row.inside_p<.05 and 'a change of layout' in sentence_of(root)
 
 def test_a_shift_of_one_metric_is_layout(root):
     planted(root, 'full', .3, ['iou@90'])

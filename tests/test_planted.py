@@ -64,7 +64,16 @@ def test_power_is_kept_and_no_share_is_no_shift(study):
     r = detectable_mass(*study, metrics=('iou@90',), n=60, draws=16).iloc[0]
     for share,low,high in ((r.share,.7,.9), (0.,0.,.06)):
         scores = planted_scores(*study, shares=(0,share), draws=60, seed=5)['iou@90']
-        assert low<=planted_power(scores[:,0], scores[:,1], n=60, studies=400)<=high
+        assert low<=planted_power(scores[:,0], scores[:,1], n=60, studies=1000)<=high
+
+@pytest.mark.parametrize('peaked', (1,12))
+def test_the_share_does_not_hang_on_where_it_was_looked_for(study, peaked, monkeypatch):
+    "A rank answers the first thousandths most: read off between shares that lie far apart, the share would be found too often."
+    monkeypatch.setattr('ssl_wikichurches.stats.planted.SHARES', (0,.02,.04,.08,.16,.32))
+    study,how = (study[0]**peaked,*study[1:]),dict(metrics=('shuffled_auroc',), moved=.05, draws=11)
+    share = detectable_mass(*study, n=60, **how).share.item()
+    before,after = planted_scores(*study, shares=(0,share), seed=5, **how)['shuffled_auroc'].swapaxes(0, 1)
+    assert .77<=planted_power(before, after, n=60)<=.83
 
 def test_what_is_refused(study):
     maps,boxes,names,size,groups = study

@@ -145,7 +145,8 @@ def test_light_and_dark_and_paper(opened):
 def verdicts(*words, **columns):
     "Rows of a table of verdicts, made up."
     rows = pd.DataFrame(dict(model='clip', tier=[f'full-{i}' for i in range(len(words))], verdict=words, metric='iou@90', n=50, seeds=3, over='churches and seeds', shift=.02, low=.01, high=.03,
-                             p_holm=.01, layout_metric='shuffled_auroc', layout_shift=.02, layout_low=.01, layout_high=.03, layout_p=.001, beyond='random_labels', not_beyond='', missing='other_task',
+                             p_holm=.01, layout_metric='shuffled_auroc', layout_shift=.02, layout_low=.01, layout_high=.03, layout_p=.001, inside_shift=float('nan'), inside_low=float('nan'),
+                             inside_high=float('nan'), inside_p=float('nan'), beyond='random_labels', not_beyond='', missing='other_task',
                              detectable=.03, detectable_mass=.1, declared=True))
     return rows.assign(**columns)
 
@@ -162,6 +163,8 @@ def test_layout_and_controls_are_told_apart():
     assert 'went the same way (+0.020' in said() and 'it exceeds that under random labels (not run: other task)' in said()
     assert 'may be one of layout' in said(layout_p=.3) and 'did not follow' in said(layout_p=.3) and 'layout alone does not move, did not follow' in said(layout_p=.3, p_holm=.5) and 'may be' not in said(layout_p=.3, p_holm=.5)
     assert 'went the other way' in said(layout_shift=-.02) and 'went the same way' in said(metric='kl', shift=-.02) # a loss of divergence is a gain
+    lost = dict(shift=-.02, inside_shift=-.01, inside_low=-.02, inside_high=-.005, inside_p=.01)
+    assert said(**lost).startswith('IoU@90 without border and artifacts went the same way (−0.010, −0.020 to −0.005);') and 'may be one of layout' in said(**lost|dict(inside_p=.2))
     assert 'no control was run' in said(beyond='', missing='random_labels') and 'it was not shown to exceed that under random labels or random init' in said(beyond='', not_beyond='random_labels, random_init')
     assert 'it exceeds that under other task, but it was not shown to exceed that under random labels' in said(beyond='other_task', not_beyond='random_labels')
 

@@ -105,10 +105,10 @@ def mass_of_shift(
 
 # %% ../../nbs/05f_planted.ipynb #41ef016e
 def _partners(groups, draws, rng):
-    "(n, draws) for each image, numbers of images of other churches, with replacement."
+    "(n, draws) for each image, numbers of images of other churches, each as often as any other."
     groups = np.array(groups)
     if len({*groups.tolist()})<2: raise ValueError("all images are of one church: attention that wanders needs boxes of another one")
-    return torch.as_tensor(np.stack([rng.choice(np.flatnonzero(groups!=g), draws) for g in groups]))
+    return torch.as_tensor(np.stack([np.resize(rng.permutation(np.flatnonzero(groups!=g)), draws) for g in groups]))
 
 def _gains(maps, boxes, names, size, groups, metrics):
     "Metric -> scores of maps (n, shares, draws, g, g), more is better."
@@ -141,23 +141,28 @@ def planted_scores(
 def _draw_studies(churches, draws, seeds, n, studies, seed):
     "Churches (studies, n, 1) with replacement, and chances (studies, n, seeds+1), all different."
     rng = np.random.default_rng(seed)
-    chance = np.tile(np.arange(draws, dtype=np.uint16), (studies,n,1))
-    return rng.integers(churches, size=(studies,n,1)),rng.permuted(chance, axis=-1, out=chance)[...,:seeds+1]
+    apart = rng.permuted(np.tile(np.arange(draws), (studies,1)), axis=-1)[:,None,:seeds+1]
+    return rng.integers(churches, size=(studies,n,1)),(rng.integers(draws, size=(studies,n,1))+apart)%draws
 
 def _test_studies(before, after, church, chance):
     "`shift_test` of every study; scores are (churches, draws)."
     return shift_test(after[church,chance[...,1:]]-before[church,chance[...,:1]])
 
 # %% ../../nbs/05f_planted.ipynb #44265418
-def _smallest(scores, seeds, n, alpha, power, studies, seed):
+def _smallest(scores, shares, seeds, n, alpha, power, studies, seed):
     "Share, shift and standardized shift that are found with that power; nan where the largest share is not."
     drawn = _draw_studies(len(scores), scores.shape[2], seeds, n, studies, seed)
     tests = [_test_studies(scores[:,0], s, *drawn) for s in scores.swapaxes(0, 1)]
     short = [np.quantile(stats.t.ppf(1-alpha/2, f['df'])-np.nan_to_num(f['t']), power) for f in tests] # above 0: fewer than `power` of them pass
     if min(short)>0: return dict.fromkeys(('share','shift','d_z'), np.nan)
-    share = brentq(PchipInterpolator(SHARES, np.minimum.accumulate(short)), 0, SHARES[-1], xtol=1e-6)
-    at = lambda values: PchipInterpolator(SHARES, values)(share).item()
+    share = brentq(PchipInterpolator(shares, np.minimum.accumulate(short)), 0, shares[-1], xtol=1e-6)
+    at = lambda values: PchipInterpolator(shares, values)(share).item()
     return dict(share=share, shift=at([f['shift'].mean() for f in tests]), d_z=at([np.nan_to_num(f['t']).mean()/n**.5 for f in tests]))
+
+def _close_about(found, step=1.2):
+    "None, shares that are `step` times the one before, from below the least of some to above the greatest, and the last of `SHARES`."
+    low,high = .7*min(found),min(1.4*max(found), SHARES[-1]/step)
+    return 0,*np.geomspace(low, high, 1+int(np.ceil(np.log(high/low)/np.log(step)))),SHARES[-1]
 
 # %% ../../nbs/05f_planted.ipynb #98c0929a
 def detectable_mass(
@@ -172,19 +177,23 @@ def detectable_mass(
     alpha:float=.05, # level of the one test: divide it by the size of the family
     power:float=.8, # probability of seeing the shift
     moved:float=.1, # share of the attention that any training lays elsewhere
-    draws:int=16, # how often chance is asked, at least once more than there are seeds; with 8 the share is known to some 5 % of itself, with 16 to 3
-    studies:int=1000, # that are made up
+    draws:int=64, # how often chance is asked, at least once more than there are seeds; with 8 the share is known to some 4 % of itself, with 64 to 1
+    studies:int=4000, # that are made up
     seed:int=0, # of what is left to chance
 )->pd.DataFrame: # metric, n, seeds, moved, alpha, power, share, shift, d_z: nan if no share up to a third would be seen
     "The smallest share of the attention that, moved into the boxes, a study would notice."
     if not 0<alpha<power<1: raise ValueError(f"alpha is {alpha}, power is {power}: expected 0 < alpha < power < 1")
-    found = planted_scores(maps, boxes, names, size, groups, SHARES, metrics, moved, max(draws, max(seeds)+1), seed)
+    of,least = (maps,boxes,names,size,groups),max(seeds)+1
     rows = []
-    for (metric,scores),k in product(found.items(), seeds):
-        churches = len(scores) if n is None else n
-        row = dict(metric=metric, n=churches, seeds=k, moved=moved, alpha=alpha, power=power)
-        rows.append(row|_smallest(scores, k, churches, alpha, power, studies, seed))
-    return pd.DataFrame(rows)
+    for metric,rough in planted_scores(*of, SHARES, metrics, moved, max(min(draws, 8), least), seed).items():
+        how = dict(n=len(rough) if n is None else n, alpha=alpha, power=power)
+        search = lambda scores, shares, studies: [_smallest(scores, shares, k, **how, studies=studies, seed=seed) for k in seeds]
+        found = search(rough, SHARES, min(studies, 500))
+        if seen := [f['share'] for f in found if np.isfinite(f['share'])]:
+            near = _close_about(seen)
+            found = search(planted_scores(*of, near, (metric,), moved, max(draws, least), seed)[metric], near, studies)
+        rows += [dict(metric=metric, seeds=k, moved=moved, **how)|f for k,f in zip(seeds, found)]
+    return pd.DataFrame(rows)[['metric','n','seeds','moved','alpha','power','share','shift','d_z']]
 
 # %% ../../nbs/05f_planted.ipynb #23195bd7
 def planted_power(
@@ -193,7 +202,7 @@ def planted_power(
     seeds:int=1, # fewer than draws
     n:int=None, # churches of a study; None: as many as there are
     alpha:float=.05,
-    studies:int=500, # that are made up
+    studies:int=4000, # that are made up
     seed:int=0,
 )->float: # share of the studies whose shift is significant and for the better
     "How often studies find what was planted."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'IDENTICAL_MAPS', 'top_pixels', 'score_like', 'baseline_scores', 'compare_baselines', 'baseline_table',
-           'baseline_plot', 'border_scores', 'border_table', 'frozen_artifacts', 'masked_scores']
+           'baseline_plot', 'border_scores', 'border_table', 'masked_scores']
 
 # %% ../../nbs/06h_blind_baselines.ipynb #390e085d
 import numpy as np, pandas as pd, torch
@@ -20,6 +20,7 @@ from ..stats.shift import CONSTANT, holm, paired_shift
 from ..attention.metrics import PRIMARY, n_kept, upsample
 from ..attention.plots import model_color
 from .reader import OpenStudy, Photographs, beside_frozen
+from .specificity import frozen_artifacts
 from ..attention.scores import score_maps
 from ..finetune.tiers import FROZEN, LINEAR
 
@@ -222,12 +223,6 @@ def border_table(
     return t
 
 # %% ../../nbs/06h_blind_baselines.ipynb #db03e8e7
-def frozen_artifacts(
-    opened:OpenStudy,
-)->dict: # model -> (n, g, g) bool, of the images of `photographs`
-    "The patches that are artifacts in each frozen model; read once."
-    return opened.keep('artifacts', lambda: {model:opened.maps(name).artifacts.clone() for model,name in opened.frozen.items()}) # without the file it came from
-
 def masked_scores(
     opened:OpenStudy,
     metric:str=PRIMARY, # any metric

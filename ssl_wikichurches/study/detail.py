@@ -23,8 +23,9 @@ from ..stats.tests import bootstrap_t_interval, sign_flip_p
 from ..attention.scores import COMPANIONS, gain_sign
 from ..attention.metrics import PRIMARY, coverage, n_kept, shares, upsample
 from ..attention.plots import before_after_strip
-from .blind_baselines import border_scores, frozen_artifacts, masked_scores, top_pixels
+from .blind_baselines import border_scores, masked_scores, top_pixels
 from .reader import OpenStudy, beside_frozen
+from .specificity import frozen_artifacts
 from .tables import plain_shifts, robustness_table
 from ..finetune.tiers import FROZEN, LINEAR
 

@@ -483,10 +483,11 @@ def _slice(path, block):
 def mean_maps(self:OpenStudy,
     run:str, # its name
     block:int=-1, # -1: the last
+    start:bool=False, # of the network that a control started from
 )->torch.Tensor: # (n, g, g) float32, of the images of `photographs`
     "A run's maps of one block, mean over heads. Refused if they are not of the images that the frozen run of its model measured."
     model = self.keep('model of', lambda: dict(zip(self.runs.name, self.runs.model)))[run]
-    images,maps = self.keep(('mean maps',run,block), lambda: _slice(self.path/run/'maps.safetensors', block))
+    images,maps = self.keep(('mean maps',run,block,start), lambda: _slice(self.path/run/('start.safetensors' if start else 'maps.safetensors'), block))
     _check_images(self, model, run, images)
     return maps
 
@@ -494,7 +495,7 @@ def mean_maps(self:OpenStudy,
 def _photographs(self, model):
     if model not in self.frozen: raise FileNotFoundError(f"{self.path} holds no complete frozen run of {model}: run the study first")
     name,spec = self.frozen[model],self.of_kind().query('model==@model and tier==@FROZEN').spec.iloc[0]
-    size,(images,_) = spec['size'],self.keep(('mean maps',name,-1), lambda: _slice(self.path/name/'maps.safetensors', -1))
+    size,(images,_) = spec['size'],self.keep(('mean maps',name,-1,False), lambda: _slice(self.path/name/'maps.safetensors', -1))
     dataset = lambda: ChurchDataset(self.churches, [*images], eval_transform(size, self.study.geometry))
     return self.keep(('photographs',images,size), lambda: Photographs(dataset(), tuple(self.groups(images)), size))
 

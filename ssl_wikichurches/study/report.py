@@ -27,7 +27,7 @@ from .detail import draw_examples
 from .figures import (against_figure, block_figure, css_color, css_variables, difference_figure, forest_figure, grid_figure, headline_figure,
                                             level_figure, plain_metric, price_figure, ranking_figure, slope_figure, when_figure)
 from .plan import Declaration
-from .specificity import NOT_PRINTED, readable_result
+from .specificity import NOT_PRINTED, readable_result, second_witness
 
 # %% ../../nbs/06l_report.ipynb #c9239d4e
 CLAIMS = 'towards','away' # verdicts that answer the question
@@ -82,12 +82,14 @@ def _controls_say(r):
     return ', but '.join(filter(None, parts))+(f' (not run: {r.missing.replace("_", " ")})' if r.missing else '')
 
 def _reasons(r, alpha):
-    "What the layout-free metric and the controls make of a shift."
-    gains = [gain_sign(m)*s for m,s in ((r.metric,r['shift']), (r.layout_metric,r.layout_shift))]
-    said = 'did not follow' if not r.layout_p<alpha else 'went the same way' if gains[0]*gains[1]>0 else 'went the other way'
-    numbers = f'({_signed(r.layout_shift)}, {_signed(r.layout_low)} to {_signed(r.layout_high)})'
+    "What the second witness and the controls make of a shift."
+    what,shift,*interval,p = second_witness(r)
+    free = what==r.layout_metric
+    same = gain_sign(r.metric)*r['shift']*gain_sign(r.layout_metric if free else r.metric)*shift>0
+    said = 'did not follow' if not p<alpha else 'went the same way' if same else 'went the other way'
+    numbers = f'({_signed(shift)}, {" to ".join(map(_signed, interval))})'
     doubt = ', so the shift may be one of layout, which says nothing of the boxed parts' if r.p_holm<alpha and said!='went the same way' else ''
-    return f'{_upper(plain_metric(r.layout_metric))}, which layout alone does not move, {said} {numbers}{doubt}; {_controls_say(r)}.'
+    return f'{_upper(plain_metric(what))}{", which layout alone does not move," if free else ""} {said} {numbers}{doubt}; {_controls_say(r)}.'
 
 def _unseen(v):
     "What the study was too small for."
