@@ -353,7 +353,7 @@ class Kinds(NamedTuple):
         sums:np.ndarray, # (..., K) over the pixels of each kind
     )->np.ndarray: # (..., b)
         "Sums over the pixels of each box."
-        return sums@self.boxes
+        return (sums[...,None]*self.boxes).sum(-2)
 
 def kinds_of(
     masks:torch.Tensor, # (b, h, w) bool
