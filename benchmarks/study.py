@@ -87,7 +87,7 @@ def make(folder, args):
         b = of[r.model]
         source,target,variant = real/f"{b}-{'frozen' if r.tier=='frozen' else 'full-seed0'}",root/r.name,variants[b][k%args.variants]
         target.mkdir()
-        facts = json.loads((source/'run.json').read_text())
+        facts = json.loads((source/'run.json').read_text())|asdict(r)
         facts['spec'] |= dict(size=SIZE, patch=SIZE//GRID)
         (target/'recipe.json').write_text(json.dumps(asdict(r))); (target/'run.json').write_text(json.dumps(facts))
         for f in variant.iterdir(): os.link(f, target/f.name)
