@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1]/'ssl_wikichurches'
 STUDY = PACKAGE/'study'
 WRITERS = {'runs','folders'} # write runs, and read what a killed one left
 OPENS = {'read_parquet','read_table','ParquetFile','load_maps','load_features','load_file','safe_open','load_run','load_split','read_tensors','read_csv','read_text','read_bytes','open'}
-ALLOWED = {'analysis':{'read_csv','read_text','read_tensors'}, 'explorer':{'read_text'}, 'doctor':{'read_text'}, 'pages':{'read_text'}, 'plan':{'read_text'}, 'costs':{'read_text'}, 'earlier':{'open'}, 'paper':{'read_csv'}, 'calibration':{'read_csv'}} # its own tables and examples; templates; what is installed here; sources; a study file; the system's counters; files of another study; the table of paths; the table of worlds
+ALLOWED = {'analysis':{'read_csv','read_text','read_tensors'}, 'explorer':{'read_text'}, 'doctor':{'read_text'}, 'pages':{'read_text'}, 'plan':{'read_text'}, 'cli':{'read_text'}, 'costs':{'read_text'}, 'earlier':{'open'}, 'paper':{'read_csv'}, 'calibration':{'read_csv'}} # its own tables and examples; templates; what is installed here; sources; a study file, twice; the system's counters; files of another study; the table of paths; the table of worlds
 RUN_FILE = r'(recipe|run)\.json|(history|predictions|moments)\.csv|(maps|model|best|last|moments)\.safetensors|(metrics|means|received|moments)\.parquet|start(-means)?\.'
 
 def used(tree):
