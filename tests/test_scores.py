@@ -71,6 +71,18 @@ def test_memory_and_threads_change_nothing():
     for t in tables[1:]: pd.testing.assert_frame_equal(t, tables[0], check_exact=True)
     with pytest.raises(ValueError, match='takes'): score_maps(maps, boxes, names, 24, memory=one-1)
 
+def test_parts_of_one_image_or_of_several_at_once():
+    "Different numbers of maps fit the memory: some maps of an image, all of one, or all of several; of targets from one pixel to the whole image, of different numbers of boxes and parts."
+    r = torch.Generator().manual_seed(5); maps,_,names = some(n=7, L=2, H=2); corner = torch.randint(0, 16, (7,5,2), generator=r).float()
+    boxes = [b[:1+i%5] for i,b in enumerate(torch.cat([corner, corner+torch.randint(3, 9, (7,5,2), generator=r)], -1))]; boxes[2] = T([[0.,0,24,24],[3,3,4,4]]); maps[3] = .2; maps[4] = maps[4].round()+.1
+    of_parts = [list('xyxzy')[:len(b)] for b in boxes]
+    for m,parts in ((maps, of_parts), (maps[:,0,0], of_parts), (maps[:,0,0], None)):
+        tables = [score_maps(m, boxes, names, 24, parts=parts, memory=k*BYTES_PER_PIXEL*24*24) for k in (1, 5, 13, 1000)]
+        for t in tables[1:]: pd.testing.assert_frame_equal(t, tables[0], check_exact=True)
+        for bad in (0, 6):
+            broken = m.clone(); broken[bad].view(-1)[3] = float('nan')
+            with pytest.raises(ValueError, match='finite'): score_maps(broken, boxes, names, 24, parts=parts)
+
 def test_order_of_images_and_parallel_doubling():
     maps,boxes,names = some()
     a = ordered(score_maps(maps, boxes, names, 24, list('aabbc')))

@@ -120,21 +120,23 @@ def find_places(
 )->Places:
     "Find a mask's pixels in a ranking."
     shape,n = ranking.order.shape[:-1],ranking.order.shape[-1]
-    if mask.numel()!=n or mask.dtype!=torch.bool or not mask.count_nonzero():
+    if mask.numel()!=n or mask.dtype!=torch.bool or not quick(mask).any():
         raise ValueError(f"mask is {tuple(mask.shape)}, {mask.dtype}: expected {n} pixels, bool, not all False")
     order,values,inside = (quick(t.reshape(-1)) for t in (*ranking, mask)) # all maps, one after the other
     place = places_of(inside[order]) # of the mask's pixels, counted through all maps
     same = quick(torch.zeros(len(values)+1, dtype=torch.bool, device=mask.device)) # whether a value is the one before
     same[1:-1] = values[1:]==values[:-1]
     same[::n] = False # every map begins anew
-    begins,ends = places_of(same[1:]&~same[:-1]),places_of(same[:-1]&~same[1:]) # of runs of more than one
+    turns = places_of(same[1:]!=same[:-1]) # where runs of more than one begin and end, by turns
     tied = places_of(same[place]|same[place+1])
-    run = _behind(begins, place[tied])-1
-    first,last,upto = place+0,place+0,places_of(place>=0)+1 # of a pixel whose value is its own
-    first[tied],last[tied],upto[tied] = begins[run],ends[run],_behind(place, ends[run])
-    found,maps = [torch.as_tensor(t).view(len(values)//n, -1) for t in (place, first, last, upto)],torch.arange(len(values)//n, device=mask.device)[:,None]
-    if len(maps)>1: found = [t-each*maps for t,each in zip(found, (n, n, n, found[0].shape[1]))]
-    return Places(ranking, *(t.view(*shape, -1) for t in found))
+    run = (_behind(turns, place[tied])-1)//2*2
+    first,last,upto = place+0,place+0,quick(torch.arange(1, len(place)+1, device=mask.device)) # of a pixel whose value is its own
+    first[tied],last[tied],upto[tied] = turns[run],turns[run+1],_behind(place, turns[run+1])
+    found = [torch.as_tensor(t).view(*shape, -1) for t in (place, first, last, upto)]
+    if len(values)>n:
+        maps = torch.arange(len(values)//n, device=mask.device).view(*shape, 1)
+        found = [t-each*maps for t,each in zip(found, (n, n, n, found[0].shape[-1]))]
+    return Places(ranking, *found)
 
 # %% ../../nbs/02b_metrics.ipynb #bc5f050e
 def n_kept(
@@ -256,7 +258,7 @@ def totals(
     "Sums of maps whose values can be shares."
     if range_of(maps)[0]<0: raise ValueError("maps are negative somewhere: a share of attention is for maps that are not")
     total = maps.flatten(-2).sum(-1, keepdim=True, dtype=torch.double)
-    if (total==0).any(): raise ValueError("a map is zero everywhere: it has no share to give")
+    if not total.all(): raise ValueError("a map is zero everywhere: it has no share to give")
     return total
 
 def shares(

@@ -100,11 +100,11 @@ def dilate(
 # %% ../../nbs/02d_saliency_metrics.ipynb #d5c170b1
 def peaks_of(
     maps:torch.Tensor, # (..., h, w)
-)->tuple: # of all largest values of all maps: number of the map, and of the pixel, int64
+)->tuple: # of all largest values of all maps: number of the map, and of the pixel, arrays
     "Where each map is largest."
     flat = maps.detach().reshape(-1, maps.shape[-2]*maps.shape[-1])
-    at = places_of(torch.as_tensor(quick(flat)==quick(flat.amax(-1, keepdim=True))).flatten())
-    return at//flat.shape[-1],at%flat.shape[-1]
+    at = places_of((quick(flat)==quick(flat.amax(-1, keepdim=True))).reshape(-1))
+    return np.divmod(torch.as_tensor(at).cpu().numpy(), flat.shape[-1])
 
 def pointing_game(
     maps:torch.Tensor, # (..., h, w)
@@ -116,8 +116,8 @@ def pointing_game(
     if peaks is None: check_maps(maps, mask)
     which,at = peaks_of(maps) if peaks is None else peaks
     near,n = dilate(mask, tolerance) if tolerance else mask,maps[...,0,0].numel()
-    hits = torch.bincount(which, near.flatten().index_select(0, at).double(), minlength=n)
-    return (hits/torch.bincount(which, minlength=n)).view(maps.shape[:-2])
+    hits = np.bincount(which, near.flatten().cpu().numpy()[at], n)
+    return torch.from_numpy(hits/np.bincount(which, minlength=n)).to(maps.device).view(maps.shape[:-2])
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #ddfddab8
 def mean_and_sd(
@@ -152,10 +152,11 @@ def soft_target(
 )->torch.Tensor: # (..., grid, grid) float64, sums to 1
     "Share of the pixels in boxes that each patch holds."
     if masks.dtype!=torch.bool: raise ValueError(f"masks are {masks.dtype}: expected bool")
-    area,s = masks.count_nonzero((-2,-1))[...,None,None],masks.shape[-1]//grid
-    if (area==0).any(): raise ValueError("a mask is empty: an image without a box in view has no target, so leave it out")
+    s = masks.shape[-1]//grid
     whole = masks.shape[-2]==masks.shape[-1]==s*grid # patches hold whole pixels, which can be counted
     held = _pooled(masks, grid, s) if whole else regrid(masks.double(), grid)
+    area = (held if whole else masks).sum((-2,-1), keepdim=True)
+    if not area.all(): raise ValueError("a mask is empty: an image without a box in view has no target, so leave it out")
     return held.double()/area
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #b1cc115e
@@ -213,9 +214,10 @@ def correlation(
 # %% ../../nbs/02d_saliency_metrics.ipynb #56a46a8e
 @cache
 def _distances(h, w):
-    "Between the centers of the patches, in sides of the image: (h*w, h*w)."
-    y,x = np.divmod(np.arange(h*w), w)
-    return np.hypot((y[:,None]-y)/h, (x[:,None]-x)/w)
+    "Patches in shuffled order, and the distances between their centers, in sides of the image: (h*w) and (h*w, h*w)."
+    order = np.random.default_rng(0).permutation(h*w)
+    y,x = np.divmod(order, w)
+    return order,np.hypot((y[:,None]-y)/h, (x[:,None]-x)/w)
 
 def _transport(p, t, cost):
     from ot.lp.emd_wrap import check_result, emd_c
@@ -233,10 +235,9 @@ def emd(
 )->torch.Tensor: # (...) float64 in [0, sqrt(2)], in sides of the image; lower is better
     "Earth mover's distance of order 1 (Rubner et al., 2000), exact (POT; Flamary et al., 2021)."
     p = shares(maps) if p is None else p
-    t = _target(maps, target).expand(p.shape).reshape(-1, p.shape[-1]).cpu().numpy()
-    cost = _distances(*maps.shape[-2:])
-    values = [_transport(a, b, cost) for a,b in zip(p.reshape(t.shape).cpu().numpy(), t)]
-    return torch.tensor(values, dtype=torch.double, device=maps.device).reshape(p.shape[:-1])
+    order,cost = _distances(*maps.shape[-2:])
+    both = (x.reshape(-1, len(order)).cpu().numpy()[:,order] for x in (p, _target(maps, target).expand(p.shape)))
+    return torch.tensor([_transport(a, b, cost) for a,b in zip(*both)], dtype=torch.double, device=maps.device).reshape(p.shape[:-1])
 
 # %% ../../nbs/02d_saliency_metrics.ipynb #ecab829e
 PRIOR_EPS = .1 # share of an even density mixed into the prior
@@ -287,7 +288,7 @@ def shuffled_auroc(
     "Probability that a pixel in the boxes outranks one in another image's boxes (Tatler et al., 2005), ties one half."
     if others.shape!=maps.shape[-2:]:
         raise ValueError(f"maps are {tuple(maps.shape)}, others are {tuple(others.shape)}: expected one frame")
-    low,high = torch.aminmax(others)
+    low,high = range_of(others)
     if low<0 or not high>0:
         raise ValueError("others are negative, or zero everywhere: make them with `loo_prior(masks, eps=0)`")
     p = places_in(maps, mask, places)
@@ -303,8 +304,9 @@ def shuffled_auroc_ceiling(
     within:torch.Tensor=None, # of these, in the mask, if they have been found
 )->float: # in [1/2, 1]
     "Shuffled AUROC of the best possible order, that of the likelihood ratio (Neyman & Pearson, 1933)."
-    w = (inside(others.flatten(), mask) if within is None else within).double().cpu()
-    w = w.index_select(0, rank_pixels(-w.float()[None]).order).numpy() # in order by single precision,
+    w = (inside(others.flatten(), mask) if within is None else within).double().cpu().numpy()
+    keys = w.view(np.int64)>>32 # the first half of the bits, which grow with numbers that are not negative
+    w = w[np.lexsort((keys.astype(np.uint16), (keys>>16).astype(np.int16)))] # nearly in order,
     w.sort(kind='stable') # then all the way: the rarest among the others come first; what is outside comes last
     return 1-float((w.cumsum()-w/2).mean()/others.double().sum())
 

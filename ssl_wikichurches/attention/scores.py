@@ -12,14 +12,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import islice, repeat
 import numpy as np, pandas as pd, torch
 from ..data.files import read_csv
 from ..data.churches import ChurchDataset, box_corners, box_mask, masks_by_box
 from ..backbones.encoders import Backbone
 from .capture import pooled_maps, regrid
-from .metrics import (PRIMARY, auroc, chances_of_top, check_maps, find_places, iou_ceiling,
-    iou_of_largest, iou_of_top, n_kept, places_of, rank_pixels, shares, totals, upsample)
+from .metrics import (PRIMARY, auroc, chances_of_top, find_places, iou_ceiling,
+    iou_of_largest, iou_of_top, n_kept, places_of, range_of, rank_pixels, shares, totals, upsample)
 from .saliency_metrics import (EPS, PRIOR_EPS, average_precision, average_precision_chance, best_iou_chance,
     correlation, densities_of_others, dilate, emd, hits_by_box, kinds_of, kl_divergence, mean_and_sd, mix_even, n_holding, nss,
     peaks_of, pointing_game, rank_accuracy, shuffled_auroc, shuffled_auroc_ceiling, similarity, soft_target)
@@ -85,8 +85,8 @@ class BoxTarget:
         others:torch.Tensor=None, # (s, s) how often boxes of other groups are there, sums to 1; None: there are no other groups
     ):
         self.boxes,self.grid,self.options,self.others = boxes,grid,options,others
-        self.mask = torch.from_numpy(boxes.cpu().numpy().any(0)).to(boxes.device)
-        self.n,self.area = self.mask.numel(),int(self.mask.count_nonzero())
+        mask = boxes.cpu().numpy().any(0)
+        self.mask,self.n,self.area = torch.from_numpy(mask).to(boxes.device),mask.size,np.count_nonzero(mask)
         self.kept = [n_kept(self.n, q) for q in options.percentiles] # numbers of pixels
     @once
     def at(self): return places_of(self.mask.flatten()) # pixels of the mask
@@ -318,9 +318,9 @@ def _asked(target, asked, patches):
 # %% ../../nbs/02e_scores.ipynb #677a569d
 def _array(x): return x.cpu().numpy() if isinstance(x, torch.Tensor) else x
 
-def _scores(c, asked):
-    "Full name -> values, and the numbers on which their levels depend, or None: arrays (m), or (t, m)."
-    return {name:(_array(m.score(c, *setting)), _array(m.per_map(c)) if m.per_map else None) for name,(m,setting) in asked.items()}
+def _score(c, metric, setting):
+    "Values, and the numbers on which their levels depend, or None: arrays (m), or (t, m)."
+    return _array(metric.score(c, *setting)),_array(metric.per_map(c)) if metric.per_map else None
 
 # %% ../../nbs/02e_scores.ipynb #11b8fa86
 def _levels(metric, setting, target, numbers):
@@ -332,17 +332,24 @@ def _levels(metric, setting, target, numbers):
 
 # %% ../../nbs/02e_scores.ipynb #bfd44cf2
 def _on_pixels(maps, targets, asked, chunk):
-    "For each target of an image: full name -> (values, chance, ceiling) of maps (m, g, g), each a number or (m)."
-    asked,found = [_asked(t, asked, False) for t in targets],[[] for _ in targets]
-    few = all(len(a)<4 and {m.name for m,_ in a.values()}<={'iou'} for a in asked)
-    for part in maps.split(chunk) if any(asked) else ():
-        image = ImageMaps(part, len(targets[0].mask), targets[0].options, few)
-        check_maps(image.pixels, targets[0].mask)
-        for scores,t,a in zip(found, targets, asked): scores.append(_scores(Comparison(image, t), a))
-    return [{k:_joined(m, setting, t, [f[k] for f in scores]) for k,(m,setting) in a.items()} for scores,t,a in zip(found, targets, asked)]
+    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g), each a number or (m)."
+    pairs = [(i,t,_asked(t, asked, False),{}) for i,some in enumerate(targets) for t in some]
+    few = all(len(names)<4 and {m.name for m,_ in names.values()}<={'iou'} for _,_,names,_ in pairs)
+    for part in maps.split(max(1, chunk//len(maps)), 1) if any(names for _,_,names,_ in pairs) else ():
+        images = [ImageMaps(p, len(some[0].mask), some[0].options, few) for p,some in zip(part, targets)]
+        for image in images: range_of(image.pixels) # which refuses what is not finite
+        compared = [Comparison(images[i], t) for i,t,_,_ in pairs]
+        for name,(m,setting) in asked.items():
+            for c,(_,_,names,found) in zip(compared, pairs):
+                if name in names: found.setdefault(name, []).append(_score(c, m, setting))
+    for name,(m,setting) in asked.items():
+        for _,t,names,found in pairs:
+            if name in names: found[name] = _joined(m, setting, t, found[name])
+    each = (found for *_,found in pairs)
+    return [[next(each) for _ in some] for some in targets]
 
 def _joined(metric, setting, target, parts):
-    values,numbers = (x[0] if len(x)==1 or x[0] is None else np.concatenate(x) for x in zip(*parts))
+    values,numbers = parts[0] if len(parts)==1 else (None if x[0] is None else np.concatenate(x) for x in zip(*parts))
     return values,*_levels(metric, setting, target, numbers)
 
 # %% ../../nbs/02e_scores.ipynb #6b158aad
@@ -355,17 +362,20 @@ def _on_patches(maps, seen, asked, options):
         if able not in of:
             soft,pooled,_ = zip(*(seen[i] for i in able))
             of[able] = Comparison(ImageMaps(maps[[*able]], None, options), SoftTargets(soft, pooled, options))
-        values,_ = _scores(of[able], {name: (m,setting)})[name]
+        values,_ = _score(of[able], m, setting)
         for i,*row in zip(able, values, *(np.broadcast_to(x, len(able)) for x in _levels(m, setting, of[able].target, None))): found[i][name] = row
     return found
 
 # %% ../../nbs/02e_scores.ipynb #ab261a7e
 def _score_block(maps, targets, asked, chunk, options):
-    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g). An image's targets are let go before the next one's are made."
-    found,seen,of = [],[],[]
-    for i,some in enumerate(targets):
-        found.append(_on_pixels(maps[i], some, asked, chunk))
-        if any(m.patches for m,_ in asked.values()): seen,of = seen+[(t.soft,t.pooled,_asked(t, asked, True)) for t in some],of+[i]*len(some)
+    "For each image, for each of its targets: full name -> (values, chance, ceiling) of maps (n, m, g, g)."
+    found,seen,of,each = [],[],[],max(1, chunk//maps.shape[1])
+    for first in range(0, len(maps), each):
+        some = [*islice(targets, each)]
+        found += _on_pixels(maps[first:first+each], some, asked, chunk)
+        if any(m.patches for m,_ in asked.values()):
+            seen += [(t.soft,t.pooled,_asked(t, asked, True)) for ts in some for t in ts]
+            of += [i for i,ts in enumerate(some, first) for _ in ts]
     more = iter(_on_patches(maps[of], seen, asked, options)) if seen else repeat({})
     return [[f|next(more) for f in scores] for scores in found]
 
@@ -502,6 +512,7 @@ def score_maps(
     others_of = _densities(boxes, size, groups, only, options)
     asked = _all_asked(only, options)
     used = replace(options, percentiles=tuple(q for q in options.percentiles if f'iou@{q:g}' in asked))
+    @torch.inference_mode() # no operation asks whether gradients are wanted
     def of_block(images):
         m = maps[images.start:images.stop].float()
         if len(heads)>1: m = torch.cat([m, m.mean(2, keepdim=True)], dim=2)

@@ -67,7 +67,7 @@ HEADLINE = (
     About('verdicts', 'What may be said of every model and tier', 'the metric', BOTH,
           'p_joint is the largest p of all tests that have to hold; p_holm and p_joint_holm are Holm over the declared family',
           'verdict: '+'; '.join(f'{k}: {v}' for k,v in VERDICTS.items())+'. detectable: the shift that would have been shown four times in five; '
-          'detectable_mass: the share of the frozen attention that, moved into the boxes, gives it.'),
+          'detectable_mass: the share of the frozen attention that, moved into the boxes, gives it. inside_: a significant loss, without border and artifacts.'),
     About('tier_contrasts', 'Shift of a tier minus shift of another', 'the metric', BOTH, 'p_holm is Holm over all rows',
           'Paired by church, and by the seeds that both have.'),
     About('controls', 'Shifts of trainings with one thing changed', 'the metric', BOTH, 'none: nothing is claimed of them',
