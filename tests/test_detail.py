@@ -12,7 +12,7 @@ from ssl_wikichurches.data.churches import STYLES, ChurchDataset, eval_transform
 from ssl_wikichurches.study.detail import (FEW, best_block_table, best_heads, block_table, examples, extreme_images, gallery, head_grid, head_table, part_kinds,
                                      part_scores, part_table, sensitivity_table, style_table, style_tests, styled_scores, tuned_pairs)
 from ssl_wikichurches.study.plan import Study
-from ssl_wikichurches.study.runs import run_study
+from ssl_wikichurches.study.runs import _declared_metric, received_scores, run_study
 from ssl_wikichurches.stats.seeds import moderation, seed_variance, shift_grid
 from ssl_wikichurches.stats.tests import sign_flip_p
 from ssl_wikichurches.attention.scores import higher_is_better
@@ -20,7 +20,7 @@ from ssl_wikichurches.study.blind_baselines import border_scores, border_table
 from ssl_wikichurches.attention.maps import load_maps, save_maps
 from ssl_wikichurches.study.figures import block_plot, grid_plot, ranking_plot, slope_plot
 from ssl_wikichurches.study.analysis import analyse, read_tables
-from ssl_wikichurches.study.reader import open_study
+from ssl_wikichurches.study.reader import open_study, rescore
 from ssl_wikichurches.attention.scores import score_maps
 from ssl_wikichurches.study.report import report_figures, write_report
 from ssl_wikichurches.study.tables import study_table
@@ -327,13 +327,31 @@ def test_a_study_without_blocks_of_its_pooling_head_has_its_one_map(root):
     "As older ones are; and one whose maps are of other images is refused."
     for name in ('tiny-siglip-lora-seed1','tiny-siglip-lora-seed0'):
         stored = open_study(root).maps(name)
-        save_maps(root/name/'maps.safetensors', replace(stored, received=stored.received[:,:0]))
+        save_maps(root/name/'maps.safetensors', replace(stored, received=stored.received[:,:0])); (root/name/'received.parquet').unlink()
         opened = open_study(root)
         assert opened.received_cells('tiny-siglip', 'lora')==() and [*opened.cells_by_reader('tiny-siglip', 'lora')]==['pooling head']
     for table in (block_table(opened), best_block_table(opened), head_grid(opened, 'tiny-siglip', 'lora'), best_heads(opened)): assert set(table[table.model=='tiny-siglip'].reader)=={'pooling head'}
     kept = opened.maps('tiny-siglip-frozen')
     for name in ('tiny-siglip-lora-seed0','tiny-siglip-lora-seed1'): save_maps(root/name/'maps.safetensors', replace(kept, images=kept.images[1:]+kept.images[:1]))
     with pytest.raises(ValueError, match='other images'): open_study(root).received_cells('tiny-siglip', 'lora')
+
+def test_what_blocks_receive_is_scored_once_at_the_end_of_a_run(root, monkeypatch):
+    "By the declared metric; computed where that is not stored, to the same bits and once; never with maps of other images."
+    names,asked = [p.parent.name for p in sorted(root.glob('tiny-siglip-*/run.json'))],[]
+    def counted(*args, **how): asked.append(args); return received_scores(*args, **how)
+    monkeypatch.setattr('ssl_wikichurches.study.reader.received_scores', counted)
+    both = lambda opened: [opened.received_cells('tiny-siglip', 'lora', m) for m in ('iou@90','iou@90')][-1]
+    stored = both(open_study(root)); assert not asked and all((root/n/'received.parquet').is_file() for n in names) and len(names)==5
+    other = open_study(root).received_cells('tiny-siglip', 'lora', 'iou@area'); assert len(asked)==3 # frozen and two seeds
+    for n in names: (root/n/'received.parquet').unlink()
+    for was,now in zip(stored, both(open_study(root))): pd.testing.assert_frame_equal(was, now, check_exact=True)
+    assert len(asked)==6
+    said = json.loads((root/'study.json').read_text()); (root/'study.json').write_text(json.dumps(said|dict(analysis=dict(metric='iou@area'))))
+    assert _declared_metric(root)=='iou@area' and rescore(open_study(root), progress=False)
+    for was,now in zip(other, open_study(root).received_cells('tiny-siglip', 'lora', 'iou@area')): pd.testing.assert_frame_equal(was, now, check_exact=True)
+    assert len(asked)==6 and not [*root.glob('tiny-clip-*/received.parquet')]
+    t = pd.read_parquet(root/names[1]/'received.parquet'); t.iloc[::-1].to_parquet(root/names[1]/'received.parquet', index=False)
+    with pytest.raises(ValueError, match='other images'): open_study(root).received_cells('tiny-siglip', 'linear', 'iou@area')
 
 def test_tables_that_do_not_say_whose_attention_are_still_drawn(done, tmp_path):
     new = analyse(open_study(done))

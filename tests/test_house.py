@@ -59,21 +59,6 @@ def test_wings_stand_in_line():
             wing = (*base,*(node.module or '').split('.'))[0]
             assert order.index(wing)<=order.index(here[0]), f"{'.'.join(here)} imports {wing}, which stands after it"
 
-RUN_FILE = r'(recipe|run)\.json|(history|predictions|images|moments)\.csv|(maps|features|model|best|last|start|moments)\.safetensors|(metrics|means|start|start-means|moments)\.parquet'
-
-def opened_files(tree):
-    "What code of a study reads by itself: files of a run by their names, or any file in one of their formats."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant) and re.fullmatch(RUN_FILE, str(node.right.value)): yield node.right.value
-        name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ''
-        if name in ('load_maps','load_features','load_file','safe_open','read_parquet','read_table'): yield name
-
-def test_the_reader_alone_opens_files_of_a_run():
-    "Beside `runs`, which writes them, and `folders`, which says whose they are."
-    for p in [*(ROOT/'ssl_wikichurches'/'study').glob('[a-z]*.py'), ROOT/'ssl_wikichurches'/'cli.py']:
-        if p.stem not in ('reader','runs','folders'): assert not (found := [*opened_files(ast.parse(p.read_text()))]), f"{p.stem} opens {found}: ask `open_study` for it"
-    assert [*opened_files(ast.parse("pd.read_parquet(folder/'metrics.parquet')"))]==['read_parquet','metrics.parquet']
-
 @by_name
 def test_imports_are_absolute_named_and_apart(path):
     for c in cells(path):

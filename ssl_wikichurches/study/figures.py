@@ -179,7 +179,7 @@ def grid_plot(
     return ax
 
 # %% ../../nbs/06d_figures.ipynb #8800cdec
-BLIND = dict(center='+', prior='x', edges='1', saliency='2') # maps that saw no model, with their markers
+BLIND = dict(center=('+','the center of the frame'), prior=('x','the mean box of other churches'), edges=('1','edges'), saliency=('2','saliency')) # maps that saw no model: marker, words
 
 def level_plot(
     table:pd.DataFrame, # columns model, mean, low, high, chance, ceiling (`frozen_table`)
@@ -195,10 +195,10 @@ def level_plot(
         ax.plot([r.low,r.high], [y,y], color=model_color(r.model)); ax.plot(r.mean, y, 'o', color=model_color(r.model), ms=6)
         for at,color in ((r.chance,'.6'), (r.ceiling,'.6')): ax.plot(at, y, '|', color=color, ms=12, mew=2)
         for b in () if baselines is None else baselines[(baselines.model==r.model)&baselines.baseline.isin(BLIND)].itertuples():
-            ax.plot(b.baseline_score, y, BLIND[b.baseline], color='.5', ms=7)
+            ax.plot(b.baseline_score, y, BLIND[b.baseline][0], color='.5', ms=7)
     ax.set_yticks(range(len(table)), table.model); ax.set_ylim(len(table)-.4, -.6); ax.set_xlabel(xlabel); ax.locator_params(axis='x', nbins=6)
     drawn = [] if baselines is None else [b for b in BLIND if (baselines.baseline==b).any()]
-    ax.legend(handles=[Line2D([], [], color='.6', marker='|', ls='', ms=12, mew=2, label='chance, ceiling'), *(Line2D([], [], color='.5', marker=BLIND[b], ls='', ms=7, label=b) for b in drawn)],
+    ax.legend(handles=[Line2D([], [], color='.6', marker='|', ls='', ms=12, mew=2, label='chance, ceiling'), *(Line2D([], [], color='.5', marker=BLIND[b][0], ls='', ms=7, label=b) for b in drawn)],
               loc='upper left', bbox_to_anchor=(1,1))
     return ax
 

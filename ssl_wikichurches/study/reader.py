@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from ..attention.maps import FORMAT, StoredMaps, load_maps
 from ..attention.metrics import PRIMARY
-from ..attention.scores import score_maps
 from ..backbones.encoders import load_backbone
 from ..backbones.forgetting import RunFeatures, load_features
 from ..backbones.registry import MAP_KINDS
@@ -30,7 +29,7 @@ from ..data.splits import Split, class_labels, load_split
 from ..finetune.training import load_classifier
 from ..finetune.tiers import FROZEN, tier_method
 from .plan import ANALYSIS, Run, Study, as_study, study_runs
-from .runs import score_moments, store_scores
+from .runs import RECEIVED, received_scores, score_moments, store_scores
 
 # %% ../../nbs/06c_reader.ipynb #3dc72733
 RUN_KINDS = ('plain','supervised','control','all')
@@ -435,16 +434,19 @@ def church_cells(self:OpenStudy,
 def _check_images(opened, model, run, images):
     if images!=opened.photographs(model).names: raise ValueError(f"{run} measured other images than the frozen run of its model, or in another order")
 
+def _received_run(opened, model, run, metric):
+    "What patches receive in a run, by its file; where that is not there, or has another metric, by its maps; None where it did not store them."
+    file,seen = opened.path/run/RECEIVED,opened.photographs(model)
+    kept = (_read_cells(file, metric) if file.is_file() else None) or opened.maps(run)
+    if isinstance(kept, StoredMaps) and not kept.received.shape[1]: return None
+    _check_images(opened, model, run, kept.images)
+    if isinstance(kept, Cells): return kept
+    return _as_cells(pa.Table.from_pandas(received_scores(kept, seen.boxes, seen.groups, metric), preserve_index=False))
+
 def _received_by_church(opened, model, names, metric):
     "As `_grid_by_church`, of what patches receive; None where a run did not store it."
-    seen,cells = opened.photographs(model),[]
-    for name in names:
-        stored = opened.maps(name)
-        if not stored.received.shape[1]: return None
-        _check_images(opened, model, name, stored.images)
-        t = score_maps(stored.received, seen.boxes, [*seen.names], seen.size, [*seen.groups], only=[metric]).query('metric==@metric')
-        cells.append(_as_cells(pa.Table.from_pandas(t[['image','block','head','value']], preserve_index=False)))
-    return _grid_by_church(opened, cells)
+    cells = [_received_run(opened, model, name, metric) for name in names]
+    return None if any(c is None for c in cells) else _grid_by_church(opened, cells)
 
 @patch
 def received_cells(self:OpenStudy,
@@ -523,8 +525,7 @@ def load_run(
 # %% ../../nbs/06c_reader.ipynb #a01810c1
 def _same_images(opened, run, start=False):
     "All maps of a run, if they are of the images of its model's frozen run."
-    if (stored := opened.maps(run.name, start)).images!=opened.photographs(run.model).names:
-        raise ValueError(f"{run.name} measured other images than the frozen run of its model, or in another order")
+    _check_images(opened, run.model, run.name, (stored := opened.maps(run.name, start)).images)
     return stored
 
 def rescore(
@@ -536,7 +537,7 @@ def rescore(
     runs = runs[runs.model.isin([*opened.frozen])]
     for r in tqdm(runs.itertuples(), total=len(runs), desc='scoring', unit='run', disable=not progress):
         seen = opened.photographs(r.model)
-        store_scores(opened.path/r.name, _same_images(opened, r), seen.boxes, seen.groups)
+        store_scores(opened.path/r.name, _same_images(opened, r), seen.boxes, seen.groups, declared=opened.study.declaration.metric)
         if opened.has(r.name, 'start.safetensors'): store_scores(opened.path/r.name, _same_images(opened, r, True), seen.boxes, seen.groups, 'start')
         if opened.has(r.name, 'moments.safetensors') and opened.moment_maps(r.name): score_moments(opened.path/r.name, seen.boxes, seen.groups, seen.size)
     return [*runs.name]
