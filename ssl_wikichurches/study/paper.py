@@ -228,4 +228,4 @@ def calibration_exhibit(
     with plt.style.context(HOUSE):
         figure = Figure(figsize=(8.4,4), layout='constrained')
         calibration_plot(table, figure.subplots(1, 2, sharey=True))
-    return Exhibit('calibration', CALIBRATION.format(n=table.n.max(), seeds=table.seeds.max()), figure)
+    return Exhibit('calibration', CALIBRATION.format(n=table.n.max(), seeds=' or '.join(map(str, sorted({*table.seeds})))), figure)
