@@ -4,7 +4,7 @@ QUICK := house data reader splits atomic metrics iou_stats
 
 .PHONY: study test check site outputs
 study: .venv/installed
-	@echo 'Where the truth is known (drawn worlds, two tiny backbones, five seeds; kept in results/calibration):'
+	@echo 'Where the truth is known (drawn worlds, two tiny backbones, five or ten seeds; kept in results/calibration):'
 	$(BIN)/wikichurches_calibrate results/calibration
 	@echo 'The demonstration, trained here:'
 	$(BIN)/wikichurches_study
