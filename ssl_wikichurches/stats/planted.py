@@ -8,7 +8,6 @@ __all__ = ['DOSES', 'SHARES', 'box_shares', 'move_mass', 'moved_mass', 'dose_res
 
 # %% ../../nbs/05f_planted.ipynb #e2a86c6c
 import numpy as np, pandas as pd, torch
-from itertools import product
 from scipy import stats
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import brentq

@@ -18,7 +18,6 @@ from ..attention.plots import HOUSE, model_color
 from ..attention.scores import gain_sign
 from ..data.files import write_tensors
 from ..finetune.tiers import LINEAR
-from ..stats.seeds import shift_difference
 from ..stats.shift import shift_grids, shift_test
 from .figures import tier_marker
 from .reader import OpenStudy, open_study
@@ -55,14 +54,20 @@ def seed_shifts(
     return opened.keep(('seed shifts',metric), lambda: _seed_shifts(opened, metric)).copy(deep=False)
 
 # %% ../../nbs/06t_calibration.ipynb #be8596c4
+def _holding(differences):
+    "Share of the studies, shifts (churches, seeds), whose 95 % interval holds zero."
+    found = shift_test(np.stack(differences))
+    return np.mean((found['low']<=0)&(found['high']>=0))
+
 def _differences(opened, metric, k):
     "Shift minus that of the control, per model and tier, and how often it is zero to `k` of the seeds."
     plain,control = (shift_grids(opened.scores(metric, kind=kind)) for kind in ('plain','control'))
     for r in control_contrasts(opened, metric).itertuples():
         mine,theirs = plain[r.model,r.tier],control[r.model,r.minus]
-        few = [shift_difference(theirs[[*s]], mine[[*s]]) for s in combinations([s for s in mine.columns if s in {*theirs.columns}], k)]
+        both = [s for s in mine.columns if s in {*theirs.columns}]
+        d = mine[both].to_numpy()-theirs.loc[mine.index,both].to_numpy()
         yield dict(model=r.model, tier=r.tier, control=r.minus, difference=r.difference, difference_low=r.low, difference_high=r.high,
-                   holds_zero=np.mean([d['low']<=0<=d['high'] for d in few]) if few else np.nan)
+                   holds_zero=_holding([d[:,s] for s in combinations(range(len(both)), k)]) if len(both)>=k else np.nan)
 
 def control_differences(
     opened:OpenStudy, # of one world
@@ -89,9 +94,7 @@ def control_splits(
         x = g.to_numpy()
         for k in ks:
             if not (halves := _halves(k, x.shape[1])): continue
-            found = shift_test(np.stack([x[:,a]-x[:,b] for a,b in halves]))
-            held = np.mean((found['low']<=0)&(found['high']>=0))
-            rows.append(dict(model=model, control=control, metric=metric, k=k, splits=len(halves), holds_zero=held))
+            rows.append(dict(model=model, control=control, metric=metric, k=k, splits=len(halves), holds_zero=_holding([x[:,a]-x[:,b] for a,b in halves])))
     return pd.DataFrame(rows, columns=['model','control','metric','k','splits','holds_zero'])
 
 # %% ../../nbs/06t_calibration.ipynb #be2e3a1a

@@ -215,10 +215,12 @@ def own_start(self:OpenStudy, run:str)->bool: # by its name
     "Whether a run began with another network than its model's frozen one, and holds what that scored."
     return self.has(run, 'start.parquet')
 
+def _maps_file(opened, run, start): return opened.path/run/('start.safetensors' if start else 'maps.safetensors')
+
 @patch
 def maps(self:OpenStudy, run:str, start:bool=False)->StoredMaps: # `start`: of the network it started from
     "All that is stored of a run's attention."
-    return load_maps(self.path/run/('start.safetensors' if start else 'maps.safetensors'))
+    return load_maps(_maps_file(self, run, start))
 
 @patch
 def features(self:OpenStudy, run:str)->RunFeatures: # by its name
@@ -436,12 +438,14 @@ def _check_images(opened, model, run, images):
 
 def _received_run(opened, model, run, metric):
     "What patches receive in a run, by its file; where that is not there, or has another metric, by its maps; None where it did not store them."
-    file,seen = opened.path/run/RECEIVED,opened.photographs(model)
-    kept = (_read_cells(file, metric) if file.is_file() else None) or opened.maps(run)
-    if isinstance(kept, StoredMaps) and not kept.received.shape[1]: return None
-    _check_images(opened, model, run, kept.images)
-    if isinstance(kept, Cells): return kept
-    return _as_cells(pa.Table.from_pandas(received_scores(kept, seen.boxes, seen.groups, metric), preserve_index=False))
+    seen,file = opened.photographs(model),opened.path/run/RECEIVED
+    if cells := _read_cells(file, metric) if file.is_file() else None:
+        _check_images(opened, model, run, cells.images)
+        return cells
+    stored = opened.maps(run)
+    if not stored.received.shape[1]: return None
+    _check_images(opened, model, run, stored.images)
+    return _as_cells(pa.Table.from_pandas(received_scores(stored, seen.boxes, seen.groups, metric), preserve_index=False))
 
 def _received_by_church(opened, model, names, metric):
     "As `_grid_by_church`, of what patches receive; None where a run did not store it."
@@ -489,7 +493,7 @@ def mean_maps(self:OpenStudy,
 )->torch.Tensor: # (n, g, g) float32, of the images of `photographs`
     "A run's maps of one block, mean over heads. Refused if they are not of the images that the frozen run of its model measured."
     model = self.keep('model of', lambda: dict(zip(self.runs.name, self.runs.model)))[run]
-    images,maps = self.keep(('mean maps',run,block,start), lambda: _slice(self.path/run/('start.safetensors' if start else 'maps.safetensors'), block))
+    images,maps = self.keep(('mean maps',run,block,start), lambda: _slice(_maps_file(self, run, start), block))
     _check_images(self, model, run, images)
     return maps
 

@@ -256,11 +256,11 @@ def trace_kept(
             raise
 
 # %% ../../nbs/06b_runs.ipynb #d5adcdb7
-def _measure_run(folder, backbone, data, images, device, **how):
+def _measure_run(folder, backbone, data, images, device, name='metrics', declared=PRIMARY):
     "Maps and scores of a backbone on the evaluation images, as files; how many images these are."
     stored,boxes = evaluate_maps(backbone, data, device, images=images)
-    save_maps(folder/f"{how.get('name', 'maps')}.safetensors", stored)
-    store_scores(folder, stored, boxes, data.churches.groups(stored.images), **how)
+    save_maps(folder/('maps.safetensors' if name=='metrics' else f'{name}.safetensors'), stored)
+    store_scores(folder, stored, boxes, data.churches.groups(stored.images), name, declared)
     return len(stored.images)
 
 def _loaded(run):
